@@ -1,0 +1,229 @@
+"""`GemmProblem`: what is to be computed, checked once, before anything runs."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+if TYPE_CHECKING:
+    from jaxgemm.scaled_array import ScaledArray
+
+Kind = Literal["dense", "grouped", "masked", "k_grouped"]
+Activation = Literal["relu", "gelu", "silu"]
+Fill = Literal["zero", "unspecified"]
+Implementation = Literal["mosaic", "triton", "xla"]
+
+ACTIVATIONS: tuple[str, ...] = ("relu", "gelu", "silu")
+IMPLEMENTATIONS: tuple[str, ...] = ("mosaic", "triton", "xla")
+FILLS: tuple[str, ...] = ("zero", "unspecified")
+FLOAT_DTYPES: tuple[Any, ...] = tuple(np.dtype(d) for d in (jnp.bfloat16, jnp.float16, jnp.float32))
+"""What may be quantised, and what a product may be returned as."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GemmProblem:
+    """One FP8 matrix product: everything static about it. Hashable; a parameter of the primitives.
+
+    Attributes:
+        kind: "dense" `[m, k] x [n, k] -> [m, n]`; "grouped" `[m, k] x [g, n, k] -> [m, n]`, the rows split by
+            `group_sizes`; "masked" `[g, m, k] x [g, n, k] -> [g, m, n]`, rows past `masked_m[g]` not computed;
+            "k_grouped" `[m, k] x [n, k] -> [g, m, n]`, the contracted axis split by `group_sizes`.
+        m: rows of lhs (of one group, if masked).
+        n: rows of rhs (of one group).
+        k: the contracted axis; for "k_grouped" the columns of all groups, with their alignment.
+        num_groups: 1 if dense.
+        lhs_dtype: FP8 dtype.
+        rhs_dtype: FP8 dtype; may differ from lhs_dtype.
+        lhs_block_shape: scaling block of lhs.
+        rhs_block_shape: scaling block of rhs.
+        out_dtype: bfloat16, float16 or float32.
+        has_bias: whether a bias `[n]` (grouped: `[g, n]`) is added.
+        activation: what is applied to the float32 accumulator, after the bias.
+        segment_alignment: for "k_grouped": each group's columns start at a multiple of this (1: no padding).
+        expected_m: for "masked": a static hint of the usual `masked_m`, to choose tiles by.
+        fill: for "masked": what rows past `masked_m` hold.
+        accumulate: for "k_grouped": whether the product is added to a given array.
+    """
+
+    kind: Kind
+    m: int
+    n: int
+    k: int
+    lhs_dtype: np.dtype
+    rhs_dtype: np.dtype
+    lhs_block_shape: tuple[int, int]
+    rhs_block_shape: tuple[int, int]
+    out_dtype: np.dtype
+    num_groups: int = 1
+    has_bias: bool = False
+    activation: str | None = None
+    segment_alignment: int = 1
+    expected_m: int | None = None
+    fill: str = "zero"
+    accumulate: bool = False
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """The logical shape of the product."""
+        return (self.m, self.n) if self.kind in ("dense", "grouped") else (self.num_groups, self.m, self.n)
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations, counting every row as valid."""
+        groups = self.num_groups if self.kind == "masked" else 1
+        return 2 * groups * self.m * self.n * self.k
+
+
+def make_problem(
+    kind: Kind,
+    lhs: "ScaledArray",
+    rhs: "ScaledArray",
+    bias: Any = None,
+    sizes: Any = None,
+    *,
+    out_dtype: Any,
+    activation: str | None = None,
+    **options: Any,
+) -> GemmProblem:
+    """Checks the operands of a product and describes it.
+
+    Args:
+        kind: see `GemmProblem`.
+        lhs: `[m, k]`; masked: `[g, m, k]`.
+        rhs: `[n, k]`; grouped and masked: `[g, n, k]`.
+        bias: None or float `[n]`; grouped and masked: `[g, n]`.
+        sizes: `group_sizes` or `masked_m`, integer `[g]`; None if dense.
+        out_dtype: bfloat16, float16 or float32.
+        activation: None, "relu", "gelu" or "silu".
+        **options: further fields of `GemmProblem`.
+
+    Returns:
+        The problem.
+
+    Raises:
+        TypeError: for a wrong dtype, or operands that are not `ScaledArray`.
+        ValueError: for a wrong rank or shape, or an unknown activation.
+    """
+    _check_scaled_operand("lhs", lhs, ("g", "m", "k") if kind == "masked" else ("m", "k"))
+    _check_scaled_operand("rhs", rhs, ("g", "n", "k") if kind in ("grouped", "masked") else ("n", "k"))
+    check_activation(activation)
+    if lhs.shape[-1] != rhs.shape[-1]:
+        raise ValueError(
+            f"lhs and rhs must agree in k, the last axis: lhs is {list(lhs.shape)} with k = {lhs.shape[-1]}, "
+            f"rhs is {list(rhs.shape)} with k = {rhs.shape[-1]}"
+        )
+    (m, k), n = lhs.shape[-2:], rhs.shape[-2]
+    num_groups = 1
+    if kind in ("grouped", "masked"):
+        num_groups = rhs.shape[0]
+        if kind == "masked" and lhs.shape[0] != num_groups:
+            raise ValueError(
+                f"lhs and rhs must agree in g, the first axis: lhs is {list(lhs.shape)}, rhs is {list(rhs.shape)}"
+            )
+        check_sizes("group_sizes" if kind == "grouped" else "masked_m", sizes, num_groups)
+    elif kind == "k_grouped":
+        check_sizes("group_sizes", sizes, None)
+        num_groups = sizes.shape[0]
+        if lhs.segment_alignment != rhs.segment_alignment:
+            raise ValueError(
+                f"lhs and rhs must lay their groups out alike: segment_alignment is {lhs.segment_alignment} for lhs, "
+                f"{rhs.segment_alignment} for rhs; quantise both with jaxgemm.quantize_grouped, or neither"
+            )
+        options["segment_alignment"] = lhs.segment_alignment
+    check_bias(bias, (n,) if kind == "dense" else (num_groups, n))
+    return GemmProblem(
+        kind=kind, m=m, n=n, k=k, num_groups=num_groups,
+        lhs_dtype=lhs.dtype, rhs_dtype=rhs.dtype,
+        lhs_block_shape=lhs.block_shape, rhs_block_shape=rhs.block_shape,
+        out_dtype=check_float_dtype("preferred_element_type", out_dtype),
+        has_bias=bias is not None, activation=activation, **options,
+    )  # fmt: skip
+
+
+def check_activation(activation: Any) -> None:
+    """Raises ValueError unless `activation` is None or a known name."""
+    _check_choice("activation", activation, (None, *ACTIVATIONS))
+
+
+def check_implementation(implementation: Any) -> None:
+    """Raises ValueError unless `implementation` is None or a known name."""
+    _check_choice("implementation", implementation, (None, *IMPLEMENTATIONS))
+
+
+def check_fill(fill: Any) -> None:
+    """Raises ValueError unless `fill` is a known name."""
+    _check_choice("fill", fill, FILLS)
+
+
+def check_float_dtype(name: str, dtype: Any) -> np.dtype:
+    """Returns `dtype` as a numpy dtype; raises TypeError unless it is bfloat16, float16 or float32."""
+    try:
+        resolved = np.dtype(dtype)
+    except TypeError:
+        raise TypeError(f"{name} must be bfloat16, float16 or float32, got {dtype!r}") from None
+    if resolved not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be bfloat16, float16 or float32, got {resolved}")
+    return resolved
+
+
+def check_float_array(name: str, array: Any, axes: Sequence[str]) -> None:
+    """Checks rank and dtype of a high-precision operand.
+
+    Args:
+        name: what the message calls it.
+        array: anything with a shape and a dtype.
+        axes: names of its axes; a leading "..." stands for any number of them.
+
+    Raises:
+        TypeError: if it is no array of bfloat16, float16 or float32.
+        ValueError: if its rank is not that of `axes`.
+    """
+    if not hasattr(array, "dtype") or not hasattr(array, "shape"):
+        raise TypeError(f"{name} must be an array of bfloat16, float16 or float32, got {type(array).__name__}")
+    check_float_dtype(f"{name}.dtype", array.dtype)
+    open_ended = axes[0] == "..."
+    rank = len(axes) - open_ended
+    if len(array.shape) < rank or (len(array.shape) > rank and not open_ended):
+        raise ValueError(f"{name} must be [{', '.join(axes)}], got shape {list(array.shape)}")
+
+
+def check_sizes(name: str, sizes: Any, num_groups: int | None) -> None:
+    """Checks `group_sizes` or `masked_m`: one axis of integers, `num_groups` of them.
+
+    Raises:
+        TypeError: if they are not integers.
+        ValueError: if there are not `num_groups` of them (None: at least one).
+    """
+    if not hasattr(sizes, "dtype") or not jnp.issubdtype(sizes.dtype, jnp.integer):
+        raise TypeError(f"{name} must be an integer array, got {getattr(sizes, 'dtype', type(sizes).__name__)}")
+    wanted = f"[g] = [{num_groups}]" if num_groups is not None else "[g] with g >= 1"
+    if len(sizes.shape) != 1 or sizes.shape[0] != (num_groups if num_groups is not None else max(sizes.shape[0], 1)):
+        raise ValueError(f"{name} must be {wanted}, got shape {list(sizes.shape)}")
+
+
+def check_bias(bias: Any, shape: tuple[int, ...]) -> None:
+    """Checks a bias: None, or floats of `shape` (`[n]`, or `[g, n]`)."""
+    if bias is None:
+        return
+    axes = ("n",) if len(shape) == 1 else ("g", "n")
+    check_float_array("bias", bias, axes)
+    if tuple(bias.shape) != shape:
+        raise ValueError(f"bias must be [{', '.join(axes)}] = {list(shape)}, got {list(bias.shape)}")
+
+
+def _check_scaled_operand(name: str, operand: Any, axes: tuple[str, ...]) -> None:
+    if not hasattr(operand, "stored_values"):
+        what = f"an array of {operand.dtype}" if hasattr(operand, "dtype") else type(operand).__name__
+        raise TypeError(
+            f"{name} must be a ScaledArray of FP8 values: quantize it first, or join values and scales with "
+            f"ScaledArray.from_parts; got {what}"
+        )
+    if operand.ndim != len(axes):
+        raise ValueError(f"{name} must be [{', '.join(axes)}], got shape {list(operand.shape)}")
+
+
+def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(repr(c) for c in choices)}, got {value!r}")
