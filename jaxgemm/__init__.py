@@ -1,3 +1,35 @@
-"""FP8 matrix products for JAX with fine-grained scales."""
+"""FP8 matrix products for JAX with fine-grained scales.
+
+`fp8_dot`, `grouped_fp8_dot`, `masked_grouped_fp8_dot` and `fp8_dot_general` take float arrays and differentiate;
+`gemm` and its family take `ScaledArray`s, which `quantize` makes. See https://arxiv.org/abs/2412.19437, section 3.3, for
+the recipe.
+"""
+
+from jaxgemm import layout
+from jaxgemm.dot import fp8_dot, fp8_dot_general, grouped_fp8_dot, masked_grouped_fp8_dot
+from jaxgemm.gemm import gemm, grouped_gemm, k_grouped_gemm, masked_grouped_gemm
+from jaxgemm.quantize import dequantize, quantize, quantize_both, quantize_grouped, quantize_transposed
+from jaxgemm.recipe import DEEPSEEK, Recipe
+from jaxgemm.scaled_array import ScaledArray
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "DEEPSEEK",
+    "Recipe",
+    "ScaledArray",
+    "dequantize",
+    "fp8_dot",
+    "fp8_dot_general",
+    "gemm",
+    "grouped_fp8_dot",
+    "grouped_gemm",
+    "k_grouped_gemm",
+    "layout",
+    "masked_grouped_fp8_dot",
+    "masked_grouped_gemm",
+    "quantize",
+    "quantize_both",
+    "quantize_grouped",
+    "quantize_transposed",
+]

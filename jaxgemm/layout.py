@@ -208,6 +208,27 @@ def aligned_source_rows(
     return jnp.where(valid, offsets[group] + within, 0), group, valid
 
 
+def clip_aligned_sizes(group_sizes: jax.Array, limit: int, alignment: int) -> jax.Array:
+    """Makes the sizes of aligned groups valid: what lies past `limit` rows of the aligned layout is cut off.
+
+    Args:
+        group_sizes: integer `[g]`; a negative size counts as zero.
+        limit: rows of the aligned layout.
+        alignment: positive; 1 for contiguous groups.
+
+    Returns:
+        int32 `[g]`.
+
+    Example:
+        >>> clip_aligned_sizes(jnp.array([100, -1, 200]), limit=256, alignment=128).tolist()
+        [100, 0, 128]
+    """
+    sizes = jnp.clip(group_sizes, 0, limit).astype(jnp.int32)
+    ends = _saturating_cumsum((sizes + (alignment - 1)) // alignment * alignment, limit)
+    starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.minimum(ends, limit)[:-1]])
+    return jnp.minimum(sizes, limit - starts)
+
+
 def group_of_row(offsets: jax.Array, num_rows: int) -> jax.Array:
     """Returns the group of each of `num_rows` rows, int32; rows past the last group count to it.
 

@@ -76,6 +76,28 @@ class GemmProblem:
         return 2 * groups * self.m * self.n * self.k
 
 
+@dataclasses.dataclass(frozen=True)
+class QuantizeProblem:
+    """One quantising pass over an array `[..., rows, cols]`: everything static about it but the shape. Hashable.
+
+    Attributes:
+        block_shape: scaling block, resolved against the shape.
+        dtype: FP8 dtype of the values.
+        power_of_two: whether scales are rounded up to powers of two.
+        natural: whether to return values and scales of the array as it lies (scaled along its columns).
+        transposed: whether to return values and scales of its transpose (for blocks of one row these are scaled along
+            the rows, which no transposing of the natural ones could give).
+        column_sum: whether to return the float32 sum over the rows.
+    """
+
+    block_shape: tuple[int, int]
+    dtype: np.dtype
+    power_of_two: bool = False
+    natural: bool = True
+    transposed: bool = False
+    column_sum: bool = False
+
+
 def make_problem(
     kind: Kind,
     lhs: "ScaledArray",

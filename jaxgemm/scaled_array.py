@@ -155,6 +155,16 @@ def resolve_block_shape(block_shape: tuple[int, int], rows: int, cols: int) -> t
     return block  # type: ignore[return-value]
 
 
+def transposed_block_shape(block_shape: tuple[int, int], rows: int, cols: int) -> tuple[int, int]:
+    """Returns the block that the transpose of a `[rows, cols]` array quantised with `block_shape` is scaled by.
+
+    Square blocks and one scale in all turn with the array; blocks of one row go on lying along the last axis.
+    """
+    if block_shape in (ROW_BLOCK, SQUARE_BLOCK):
+        return block_shape
+    return (cols, rows) if block_shape == (rows, cols) else (1, rows)
+
+
 def is_mn_major(block_shape: tuple[int, int]) -> bool:
     """Says whether scales of these blocks are stored transposed: those with one scale or more for every row."""
     return block_shape[0] == 1

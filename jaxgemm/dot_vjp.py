@@ -1,0 +1,230 @@
+"""The gradients of the FP8 products: fprop, dgrad and wgrad of dense, grouped and masked layers.
+
+All three kinds share one custom VJP. What differs is how rows belong to weights, and so which product each step is:
+
+| kind | fprop and dgrad | wgrad |
+|---|---|---|
+| dense | `gemm` | `gemm`, contracting m |
+| grouped | `grouped_gemm` | `k_grouped_gemm` of segments aligned to 128 |
+| masked | `masked_grouped_gemm` | `masked_grouped_gemm` of `[g, k, max_m]`, every row valid |
+
+Kept for the backward pass, under these names for `jax.checkpoint` policies: `jaxgemm_lhs` (lhs transposed, one byte an
+element), `jaxgemm_rhs` (the quantised weight), `jaxgemm_pre_activation` (only if there is an activation).
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxgemm import layout
+from jaxgemm.gemm import gemm, grouped_gemm, k_grouped_gemm, masked_grouped_gemm
+from jaxgemm.quantize import quantize, quantize_both, quantize_grouped, quantize_transposed
+from jaxgemm.recipe import Recipe
+from jaxgemm.reference import activate
+from jaxgemm.scaled_array import ScaledArray
+
+RESIDUAL_NAMES = ("jaxgemm_lhs", "jaxgemm_rhs", "jaxgemm_pre_activation")
+
+
+@dataclasses.dataclass(frozen=True)
+class DotOptions:
+    """What is static about a differentiable product.
+
+    Attributes:
+        kind: "dense", "grouped" or "masked".
+        lhs_dtype: of lhs, and so of its gradient.
+        rhs_dtype: of the high-precision rhs, and so of its gradient; None if rhs came quantised.
+        bias_dtype: of the bias, and so of its gradient; None without a bias.
+        out_dtype: of the result.
+        activation: a name, or None.
+        recipe: formats and blocks.
+        implementation: a name, or None.
+    """
+
+    kind: str
+    lhs_dtype: np.dtype
+    rhs_dtype: np.dtype | None
+    bias_dtype: np.dtype | None
+    out_dtype: np.dtype
+    activation: str | None
+    recipe: Recipe
+    implementation: str | None
+
+    def quantizer(self, dtype: Any) -> dict[str, Any]:
+        """Returns the keywords that every quantising function takes."""
+        return {"dtype": dtype, "power_of_two": self.recipe.power_of_two, "implementation": self.implementation}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def scaled_dot(options: DotOptions, lhs: Any, rhs: Any, bias: Any, sizes: Any) -> jax.Array:
+    """Computes `activation(lhs @ rhs + bias)` in FP8, all arguments checked before.
+
+    Args:
+        options: everything static.
+        lhs: float `[m, k]`; masked `[g, m, k]`.
+        rhs: float `[k, n]`, grouped and masked `[g, k, n]`; or `ScaledArray` `[n, k]`, `[g, n, k]`.
+        bias: float `[n]`, grouped and masked `[g, n]`; or None.
+        sizes: integer `[g]`: `group_sizes` or `masked_m`; None if dense.
+
+    Returns:
+        `[m, n]`; masked `[g, m, n]`.
+    """
+    recipe = options.recipe
+    lhs_q = quantize(_drop_masked(options, lhs, sizes), recipe.lhs_block_shape, **options.quantizer(recipe.lhs_dtype))
+    if not isinstance(rhs, ScaledArray):
+        rhs = quantize_transposed(rhs, recipe.rhs_block_shape, **options.quantizer(recipe.rhs_dtype))
+    return _row_product(options, lhs_q, rhs, sizes, options.out_dtype, bias, options.activation)
+
+
+def _forward(options: DotOptions, lhs: Any, rhs: Any, bias: Any, sizes: Any) -> tuple[jax.Array, Any]:
+    """fprop, keeping what the backward pass needs."""
+    recipe = options.recipe
+    with jax.named_scope("fp8_fprop"):
+        lhs = _drop_masked(options, lhs, sizes)
+        lhs_q, lhs_residual = _quantize_lhs(options, lhs, sizes)
+        if isinstance(rhs, ScaledArray):
+            rhs_forward = rhs_residual = rhs
+        else:
+            rhs_residual, rhs_forward, _ = quantize_both(
+                rhs, recipe.rhs_block_shape, **options.quantizer(recipe.rhs_dtype)
+            )
+        out = _row_product(options, lhs_q, rhs_forward, sizes, options.out_dtype, bias, None)
+    pre_activation = None
+    if options.activation is not None:
+        # The derivative needs what the activation was applied to, so that is what the product stores.
+        pre_activation = checkpoint_name(out, RESIDUAL_NAMES[2])
+        out = _activate(options, pre_activation)
+    residuals = (_name(lhs_residual, RESIDUAL_NAMES[0]), _name(rhs_residual, RESIDUAL_NAMES[1]), pre_activation, sizes)
+    return out, residuals
+
+
+def _backward(options: DotOptions, residuals: Any, dout: jax.Array) -> tuple[Any, Any, Any, None]:
+    """dgrad, wgrad and the bias' gradient."""
+    lhs_residual, rhs_residual, pre_activation, sizes = residuals
+    if pre_activation is not None:
+        _, pull_back = jax.vjp(functools.partial(_activate, options), pre_activation)
+        (dout,) = pull_back(dout)
+    dout = _drop_masked(options, dout, sizes)
+    with jax.named_scope("fp8_quantize_dout"):
+        dout_q, dout_wgrad, dbias = _quantize_dout(options, dout, sizes)
+    with jax.named_scope("fp8_dgrad"):
+        rhs = rhs_residual.T if options.rhs_dtype is None else rhs_residual
+        dlhs = _row_product(options, dout_q, rhs, sizes, options.lhs_dtype)
+    if options.rhs_dtype is None:  # a weight that came quantised is a constant
+        return dlhs, None, dbias, None
+    with jax.named_scope("fp8_wgrad"):
+        drhs = _wgrad(options, lhs_residual, dout_wgrad, sizes).astype(options.rhs_dtype)
+    return dlhs, drhs, dbias, None
+
+
+scaled_dot.defvjp(_forward, _backward)
+
+
+def _row_product(
+    options: DotOptions,
+    lhs: ScaledArray,
+    rhs: ScaledArray,
+    sizes: Any,
+    out_dtype: Any,
+    bias: Any = None,
+    activation: str | None = None,
+) -> jax.Array:
+    """The product in which every row of the result belongs to a row of lhs: fprop and dgrad."""
+    keywords: dict[str, Any] = {
+        "preferred_element_type": out_dtype, "activation": activation, "implementation": options.implementation,
+    }  # fmt: skip
+    if options.kind == "dense":
+        return gemm(lhs, rhs, bias, **keywords)
+    if options.kind == "grouped":
+        return grouped_gemm(lhs, rhs, sizes, bias, **keywords)
+    return masked_grouped_gemm(lhs, rhs, sizes, bias, **keywords)
+
+
+def _wgrad(options: DotOptions, lhs: Any, dout: Any, sizes: Any) -> jax.Array:
+    """The gradient of rhs in float32, `[k, n]` or `[g, k, n]`, from what the quantisers below kept."""
+    if options.recipe.wgrad_dtype == "bf16":
+        return _wgrad_bf16(options, lhs, dout, sizes)
+    keywords: dict[str, Any] = {"preferred_element_type": jnp.float32, "implementation": options.implementation}
+    if options.kind == "dense":
+        return gemm(lhs, dout, **keywords)
+    if options.kind == "grouped":
+        return k_grouped_gemm(lhs, dout, sizes, **keywords)
+    every_row = jnp.full(sizes.shape, lhs.rows, jnp.int32)
+    return masked_grouped_gemm(lhs, dout, every_row, fill="unspecified", **keywords)
+
+
+def _wgrad_bf16(options: DotOptions, lhs: jax.Array, dout: jax.Array, sizes: Any) -> jax.Array:
+    lhs, dout = lhs.astype(jnp.bfloat16), dout.astype(jnp.bfloat16)
+    if options.kind != "grouped":
+        return jnp.einsum("...mk,...mn->...kn", lhs, dout, preferred_element_type=jnp.float32)
+    numbers = jax.lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(([0], [0]), ([], [])), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
+    )
+    offsets = layout.group_offsets(sizes, lhs.shape[0])
+    valid = (jnp.arange(lhs.shape[0]) < offsets[-1])[:, None]
+    lhs, dout = (jnp.where(valid, x, jnp.zeros((), x.dtype)) for x in (lhs, dout))
+    return jax.lax.ragged_dot_general(lhs, dout, jnp.diff(offsets), numbers, preferred_element_type=jnp.float32)
+
+
+def _quantize_lhs(options: DotOptions, lhs: jax.Array, sizes: Any) -> tuple[ScaledArray, Any]:
+    """Returns lhs as fprop and as wgrad need it; None for wgrad if the weight is a constant."""
+    recipe, keywords = options.recipe, options.quantizer(options.recipe.lhs_dtype)
+    fp8_wgrad = options.rhs_dtype is not None and recipe.wgrad_dtype == "fp8"
+    if fp8_wgrad and options.kind != "grouped" and recipe.lhs_block_shape[0] == 1:
+        return quantize_both(lhs, recipe.lhs_block_shape, **keywords)[:2]
+    natural = quantize(lhs, recipe.lhs_block_shape, **keywords)
+    if options.rhs_dtype is None:
+        return natural, None
+    return natural, _for_wgrad(options, lhs, sizes, keywords) if fp8_wgrad else lhs
+
+
+def _quantize_dout(options: DotOptions, dout: jax.Array, sizes: Any) -> tuple[ScaledArray, Any, jax.Array | None]:
+    """Returns dout as dgrad and as wgrad need it, and its sum over the rows if there is a bias."""
+    recipe, keywords = options.recipe, options.quantizer(options.recipe.dout_dtype)
+    fp8_wgrad = options.rhs_dtype is not None and recipe.wgrad_dtype == "fp8"
+    has_bias = options.bias_dtype is not None
+    if fp8_wgrad and options.kind != "grouped" and recipe.dout_block_shape[0] == 1:
+        natural, for_wgrad, dbias = quantize_both(dout, recipe.dout_block_shape, column_sum=has_bias, **keywords)
+        return natural, for_wgrad, dbias.astype(options.bias_dtype) if dbias is not None else None
+    natural = quantize(dout, recipe.dout_block_shape, **keywords)
+    for_wgrad = _for_wgrad(options, dout, sizes, keywords) if fp8_wgrad else dout
+    return natural, for_wgrad, _sum_rows(options, dout, sizes) if has_bias else None
+
+
+def _for_wgrad(options: DotOptions, x: jax.Array, sizes: Any, keywords: dict[str, Any]) -> ScaledArray:
+    """Quantises an operand of wgrad: transposed, in blocks of 1x128 along the rows of x."""
+    if options.kind == "grouped":
+        return quantize_grouped(x, sizes, **keywords)
+    return quantize_transposed(x, **keywords)
+
+
+def _sum_rows(options: DotOptions, dout: jax.Array, sizes: Any) -> jax.Array:
+    """The gradient of the bias: the sum of dout over the rows of each weight, in float32."""
+    dout = dout.astype(jnp.float32)
+    if options.kind != "grouped":
+        return dout.sum(-2).astype(options.bias_dtype)
+    rows, num_groups = dout.shape[0], sizes.shape[0]
+    offsets = layout.group_offsets(sizes, rows)
+    group = jnp.where(jnp.arange(rows) < offsets[-1], layout.group_of_row(offsets, rows), num_groups)
+    return jax.ops.segment_sum(dout, group, num_groups + 1)[:num_groups].astype(options.bias_dtype)
+
+
+def _drop_masked(options: DotOptions, x: jax.Array, sizes: Any) -> jax.Array:
+    """Zeroes the rows past `masked_m`, so that whatever they hold reaches neither a scale nor a sum."""
+    if options.kind != "masked":
+        return x
+    valid = jnp.arange(x.shape[1]) < sizes[:, None]
+    return jnp.where(valid[..., None], x, jnp.zeros((), x.dtype))
+
+
+def _activate(options: DotOptions, pre_activation: jax.Array) -> jax.Array:
+    return activate(options.activation, pre_activation.astype(jnp.float32)).astype(options.out_dtype)
+
+
+def _name(residual: Any, name: str) -> Any:
+    return jax.tree.map(lambda leaf: checkpoint_name(leaf, name), residual)

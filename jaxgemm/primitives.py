@@ -1,0 +1,203 @@
+"""The JAX primitives: one equation each in a jaxpr, lowered per platform.
+
+`fp8_gemm`, `fp8_grouped_gemm`, `fp8_masked_grouped_gemm`, `fp8_k_grouped_gemm` and `fp8_quantize` work on the stored
+arrays of `ScaledArray`; `jaxgemm.gemm` and `jaxgemm.quantize` wrap them. They have batching rules for any choice of
+batched operands, and no derivatives: those exist above quantisation, in `jaxgemm.dot`.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from jaxgemm import dispatch, layout
+from jaxgemm.problem import GemmProblem, QuantizeProblem
+from jaxgemm.scaled_array import stored_scales_shape, stored_values_shape, transposed_block_shape
+
+fp8_gemm_p = Primitive("fp8_gemm")
+fp8_grouped_gemm_p = Primitive("fp8_grouped_gemm")
+fp8_masked_grouped_gemm_p = Primitive("fp8_masked_grouped_gemm")
+fp8_k_grouped_gemm_p = Primitive("fp8_k_grouped_gemm")
+fp8_quantize_p = Primitive("fp8_quantize")
+fp8_quantize_p.multiple_results = True
+
+GEMM_PRIMITIVES = {
+    "dense": fp8_gemm_p,
+    "grouped": fp8_grouped_gemm_p,
+    "masked": fp8_masked_grouped_gemm_p,
+    "k_grouped": fp8_k_grouped_gemm_p,
+}
+
+
+def bind_gemm(problem: GemmProblem, implementation: str | None, *operands: Any) -> jax.Array:
+    """Binds the primitive of `problem.kind`; `operands` as in `dispatch.run_gemm`."""
+    return GEMM_PRIMITIVES[problem.kind].bind(*operands, problem=problem, implementation=implementation)
+
+
+def bind_quantize(x: jax.Array, problem: QuantizeProblem, implementation: str | None) -> list[jax.Array]:
+    """Binds `fp8_quantize`; results as in `reference.quantize`."""
+    return fp8_quantize_p.bind(x, problem=problem, implementation=implementation)
+
+
+# Abstract evaluation: shapes and dtypes of the results.
+
+
+def _gemm_abstract(*operands: Any, problem: GemmProblem, implementation: str | None) -> Any:
+    del operands, implementation
+    return jax.core.ShapedArray(problem.out_shape, problem.out_dtype)
+
+
+def _quantize_abstract(x: Any, *, problem: QuantizeProblem, implementation: str | None) -> list[Any]:
+    del implementation
+    *lead, rows, cols = x.shape
+    outputs: list[Any] = []
+    if problem.natural:
+        outputs += _stored_avals(lead, rows, cols, problem.block_shape, problem.dtype)
+    if problem.transposed:
+        block_shape = transposed_block_shape(problem.block_shape, rows, cols)
+        outputs += _stored_avals(lead, cols, rows, block_shape, problem.dtype)
+    if problem.column_sum:
+        outputs.append(jax.core.ShapedArray((*lead, cols), jnp.float32))
+    return outputs
+
+
+def _stored_avals(lead: Sequence[int], rows: int, cols: int, block_shape: tuple[int, int], dtype: Any) -> list[Any]:
+    return [
+        jax.core.ShapedArray((*lead, *stored_values_shape(rows, cols)), dtype),
+        jax.core.ShapedArray((*lead, *stored_scales_shape(rows, cols, block_shape)), jnp.float32),
+    ]
+
+
+# Batching: mapped axes are moved to the front, then folded into what the primitives can do by themselves.
+
+
+def _batch_dense(
+    operands: Sequence[Any], axes: Sequence[int | None], *, problem: GemmProblem, implementation: str | None
+) -> tuple[jax.Array, int]:
+    size, operands = _axes_to_front(operands, axes)
+    rhs_is_shared = all(axis is None for axis in axes[2:])
+    if rhs_is_shared:
+        return _batch_rows(operands, size, problem, implementation), 0
+    # One group for each mapped index, every row of it valid.
+    groups = [_broadcast_front(x, size, axis) for x, axis in zip(operands, axes, strict=True)]
+    masked_m = jnp.full(size, problem.m, jnp.int32)
+    masked = replace(problem, kind="masked", num_groups=size, fill="unspecified")
+    return bind_gemm(masked, implementation, *groups, masked_m), 0
+
+
+def _batch_rows(operands: list[Any], size: int, problem: GemmProblem, implementation: str | None) -> jax.Array:
+    """A batch of lhs alone is one product of more rows, if each is scaled by itself."""
+    lhs_values, lhs_scales, *rest = operands
+    lhs_values = _broadcast_front(lhs_values, size, 0 if lhs_values.ndim == 3 else None)
+    lhs_scales = _broadcast_front(lhs_scales, size, 0 if lhs_scales.ndim == 3 else None)
+    if problem.lhs_block_shape[0] != 1:
+        return jax.lax.map(
+            lambda lhs: bind_gemm(problem, implementation, *lhs, *rest), (lhs_values, lhs_scales)
+        )
+    stored_m = lhs_values.shape[1]
+    logical_scales = layout.from_mn_major_tma_aligned(lhs_scales, problem.m)
+    logical_scales = layout.pad_trailing(logical_scales, (stored_m, logical_scales.shape[-1]))
+    rows = replace(problem, m=size * stored_m)
+    scales = layout.to_mn_major_tma_aligned(logical_scales.reshape(size * stored_m, -1))
+    out = bind_gemm(rows, implementation, lhs_values.reshape(size * stored_m, -1), scales, *rest)
+    return out.reshape(size, stored_m, problem.n)[:, : problem.m]
+
+
+def _batch_masked(
+    operands: Sequence[Any], axes: Sequence[int | None], *, problem: GemmProblem, implementation: str | None
+) -> tuple[jax.Array, int]:
+    """A batch of groups is more groups."""
+    size, operands = _axes_to_front(operands, axes)
+    batched = [_broadcast_front(x, size, axis) for x, axis in zip(operands, axes, strict=True)]
+    groups = [x.reshape(size * problem.num_groups, *x.shape[2:]) for x in batched]
+    out = bind_gemm(replace(problem, num_groups=size * problem.num_groups), implementation, *groups)
+    return out.reshape(size, *problem.out_shape), 0
+
+
+def _batch_in_turn(
+    operands: Sequence[Any], axes: Sequence[int | None], *, problem: GemmProblem, implementation: str | None
+) -> tuple[jax.Array, int]:
+    """Runs the products of a batch one after the other: each has its own partition into groups."""
+    _, operands = _axes_to_front(operands, axes)
+    mapped = [x for x, axis in zip(operands, axes, strict=True) if axis is not None]
+
+    def one(slices: list[Any]) -> jax.Array:
+        remaining = iter(slices)
+        full = [x if axis is None else next(remaining) for x, axis in zip(operands, axes, strict=True)]
+        return bind_gemm(problem, implementation, *full)
+
+    return jax.lax.map(one, mapped), 0
+
+
+def _batch_quantize(
+    operands: Sequence[Any], axes: Sequence[int | None], *, problem: QuantizeProblem, implementation: str | None
+) -> tuple[list[jax.Array], list[int]]:
+    _, (x,) = _axes_to_front(operands, axes)
+    outputs = bind_quantize(x, problem, implementation)
+    return outputs, [0] * len(outputs)
+
+
+def _axes_to_front(operands: Sequence[Any], axes: Sequence[int | None]) -> tuple[int, list[Any]]:
+    """Returns the size of the mapped axis, and the operands with it in front."""
+    size = next(x.shape[axis] for x, axis in zip(operands, axes, strict=True) if axis is not None)
+    return size, [x if a is None else jnp.moveaxis(x, a, 0) for x, a in zip(operands, axes, strict=True)]
+
+
+def _broadcast_front(x: Any, size: int, axis: int | None) -> Any:
+    return jnp.broadcast_to(x, (size, *x.shape)) if axis is None else x
+
+
+# Derivatives: there are none at this level, and the error says where they are.
+
+
+def _refuse_jvp(name: str, advice: str, primals: Any, tangents: Any, **params: Any) -> Any:
+    del primals, tangents, params
+    raise NotImplementedError(f"{name} has no derivative: it takes or makes FP8 values. {advice}")
+
+
+# Lowering, and evaluation outside of jit.
+
+
+def _register(primitive: Primitive, abstract: Any, batch: Any, run: Any, advice: str) -> None:
+    primitive.def_abstract_eval(abstract)
+    batching.primitive_batchers[primitive] = batch
+    ad.primitive_jvps[primitive] = functools.partial(_refuse_jvp, primitive.name, advice)
+    primitive.def_impl(functools.partial(_run_compiled, primitive))
+    for platform in (None, "cpu", "cuda"):
+        lowered = mlir.lower_fun(
+            functools.partial(run, platform or "default"), multiple_results=primitive.multiple_results
+        )
+        mlir.register_lowering(primitive, lowered, platform=platform)
+
+
+def _run_compiled(primitive: Primitive, *operands: Any, **params: Any) -> Any:
+    return _compiled(primitive, tuple(params.items()))(*operands)
+
+
+@functools.lru_cache(maxsize=4096)
+def _compiled(primitive: Primitive, params: tuple[tuple[str, Any], ...]) -> Any:
+    return jax.jit(functools.partial(primitive.bind, **dict(params)))
+
+
+def _run_gemm(platform: str, *operands: Any, problem: GemmProblem, implementation: str | None) -> jax.Array:
+    return dispatch.run_gemm(problem, platform, implementation, *operands)
+
+
+def _run_quantize(platform: str, x: Any, *, problem: QuantizeProblem, implementation: str | None) -> list[jax.Array]:
+    return dispatch.run_quantize(problem, platform, implementation, x)
+
+
+_GEMM_ADVICE = "Differentiate jaxgemm.fp8_dot, grouped_fp8_dot or masked_grouped_fp8_dot of the originals instead."
+_register(fp8_gemm_p, _gemm_abstract, _batch_dense, _run_gemm, _GEMM_ADVICE)
+_register(fp8_grouped_gemm_p, _gemm_abstract, _batch_in_turn, _run_gemm, _GEMM_ADVICE)
+_register(fp8_masked_grouped_gemm_p, _gemm_abstract, _batch_masked, _run_gemm, _GEMM_ADVICE)
+_register(fp8_k_grouped_gemm_p, _gemm_abstract, _batch_in_turn, _run_gemm, _GEMM_ADVICE)
+_register(
+    fp8_quantize_p, _quantize_abstract, _batch_quantize, _run_quantize,
+    "Differentiate jaxgemm.fp8_dot of the originals, or stop the gradient before quantizing.",
+)  # fmt: skip

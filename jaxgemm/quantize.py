@@ -1,0 +1,228 @@
+"""Quantising: float arrays to `ScaledArray` and back."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgemm import layout, reference
+from jaxgemm.primitives import bind_quantize
+from jaxgemm.problem import QuantizeProblem, check_float_array, check_float_dtype, check_implementation, check_sizes
+from jaxgemm.scaled_array import (
+    FP8_DTYPES,
+    ROW_BLOCK,
+    SQUARE_BLOCK,
+    ScaledArray,
+    resolve_block_shape,
+    transposed_block_shape,
+)
+
+
+def quantize(
+    x: jax.Array,
+    block_shape: tuple[int, int] = ROW_BLOCK,
+    dtype: Any = jnp.float8_e4m3fn,
+    *,
+    power_of_two: bool = False,
+    implementation: str | None = None,
+) -> ScaledArray:
+    """Quantises an array to FP8 with one float32 scale per block: `scale = amax(block) / max(dtype)`.
+
+    A block of zeros gets scale 1. A NaN or Inf makes its whole block, and so every product that reads it, NaN. Scales
+    are at least the smallest normal float32, so blocks of tiny numbers (down to 1e-38) stay finite.
+
+    Args:
+        x: bfloat16, float16 or float32 `[..., m, k]`; the last axis is the one a product will contract.
+        block_shape: `(1, 128)` for activations and gradients, `(128, 128)` for weights (DeepSeek-V3, 3.3.2), `(1, k)`
+            for one scale a row, `(m, k)` for one scale a matrix. Blocks at the edges may be partial.
+        dtype: float8_e4m3fn (largest 448) or float8_e5m2 (largest 57344).
+        power_of_two: rounds scales up to powers of two, which makes scaling exact.
+        implementation: None for the best there is, or "mosaic", "triton", "xla".
+
+    Returns:
+        A `ScaledArray` of x's shape.
+
+    Raises:
+        TypeError: if x or dtype has another dtype.
+        ValueError: if x has fewer than two axes, or the block shape or implementation is unknown.
+        NotImplementedError: if the named implementation cannot serve this.
+
+    Example:
+        >>> q = quantize(jnp.arange(14.0).reshape(2, 7))
+        >>> q
+        ScaledArray(shape=(2, 7), dtype=float8_e4m3fn, block_shape=(1, 128))
+        >>> q.scales.shape
+        (2, 1)
+    """
+    check_float_array("x", x, ("...", "m", "k"))
+    problem = _quantize_problem(x, block_shape, dtype, power_of_two, implementation)
+    values, scales = bind_quantize(x, problem, implementation)
+    return ScaledArray(values, scales, x.shape[-2], x.shape[-1], problem.block_shape)
+
+
+def quantize_both(
+    x: jax.Array,
+    block_shape: tuple[int, int] = ROW_BLOCK,
+    dtype: Any = jnp.float8_e4m3fn,
+    *,
+    power_of_two: bool = False,
+    column_sum: bool = False,
+    implementation: str | None = None,
+) -> tuple[ScaledArray, ScaledArray, jax.Array | None]:
+    """Quantises an array and its transpose in one pass over it, as training needs both.
+
+    For blocks of one row, the transpose is scaled along the *other* axis than the array is: it is quantised from the
+    original, never made by transposing the quantised one. Square blocks give the same scales both ways.
+
+    Args:
+        x: bfloat16, float16 or float32 `[..., m, k]`.
+        block_shape: as in `quantize`.
+        dtype: as in `quantize`.
+        power_of_two: as in `quantize`.
+        column_sum: whether to sum over the rows too: the gradient of a bias, if x is that of the output.
+        implementation: as in `quantize`.
+
+    Returns:
+        `(natural [..., m, k], transposed [..., k, m], column_sum)`; the last is float32 `[..., k]`, or None.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `quantize` does.
+
+    Example:
+        >>> natural, transposed, total = quantize_both(jnp.ones((3, 200)), column_sum=True)
+        >>> natural.shape, transposed.shape, total.shape
+        ((3, 200), (200, 3), (200,))
+    """
+    check_float_array("x", x, ("...", "m", "k"))
+    problem = _quantize_problem(
+        x, block_shape, dtype, power_of_two, implementation, transposed=True, column_sum=column_sum
+    )
+    values, scales, values_t, scales_t, *total = bind_quantize(x, problem, implementation)
+    (rows, cols), block = x.shape[-2:], problem.block_shape
+    transposed = ScaledArray(values_t, scales_t, cols, rows, transposed_block_shape(block, rows, cols))
+    return ScaledArray(values, scales, rows, cols, block), transposed, total[0] if total else None
+
+
+def quantize_transposed(
+    x: jax.Array,
+    block_shape: tuple[int, int] = ROW_BLOCK,
+    dtype: Any = jnp.float8_e4m3fn,
+    *,
+    power_of_two: bool = False,
+    implementation: str | None = None,
+) -> ScaledArray:
+    """Quantises the transpose of the last two axes: `quantize(x.swapaxes(-1, -2))` without a transposed copy of x.
+
+    This is how a weight `[k, n]` becomes the right operand `[n, k]` of a product.
+
+    Args:
+        x: bfloat16, float16 or float32 `[..., m, k]`.
+        block_shape: of the *untransposed* array, as in `quantize`; blocks of one row lie along the transpose's rows.
+        dtype: as in `quantize`.
+        power_of_two: as in `quantize`.
+        implementation: as in `quantize`.
+
+    Returns:
+        A `ScaledArray` `[..., k, m]`.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `quantize` does.
+
+    Example:
+        >>> quantize_transposed(jnp.ones((300, 200)), (128, 128))
+        ScaledArray(shape=(200, 300), dtype=float8_e4m3fn, block_shape=(128, 128))
+    """
+    check_float_array("x", x, ("...", "m", "k"))
+    problem = _quantize_problem(x, block_shape, dtype, power_of_two, implementation, natural=False, transposed=True)
+    values, scales = bind_quantize(x, problem, implementation)
+    rows, cols = x.shape[-2:]
+    return ScaledArray(values, scales, cols, rows, transposed_block_shape(problem.block_shape, rows, cols))
+
+
+def quantize_grouped(
+    x: jax.Array,
+    group_sizes: jax.Array,
+    dtype: Any = jnp.float8_e4m3fn,
+    *,
+    power_of_two: bool = False,
+    implementation: str | None = None,
+) -> ScaledArray:
+    """Quantises contiguous groups of rows, transposed, as an operand of `jaxgemm.k_grouped_gemm`.
+
+    Row groups become column segments: each starts at a multiple of 128 and is padded with zeros, so no block of 128
+    mixes two groups. The segments are laid out on the device, from `group_sizes`; sizes may be anything (a negative
+    one counts as zero, and what lies past m rows is cut off), and rows of no group are left out, unread.
+
+    Args:
+        x: bfloat16, float16 or float32 `[m, k]`, its rows sorted by group.
+        group_sizes: integer `[g]`.
+        dtype: as in `quantize`.
+        power_of_two: as in `quantize`.
+        implementation: as in `quantize`.
+
+    Returns:
+        A `ScaledArray` `[k, aligned_capacity(m, g)]` of blocks `(1, 128)` with `segment_alignment` 128.
+
+    Raises:
+        TypeError: if x is not float or group_sizes not integer.
+        ValueError: if x is not `[m, k]` or group_sizes not `[g]`.
+        NotImplementedError: if the named implementation cannot serve this.
+
+    Example:
+        >>> quantize_grouped(jnp.ones((300, 64)), jnp.array([299, 1]))
+        ScaledArray(shape=(64, 512), dtype=float8_e4m3fn, block_shape=(1, 128), segment_alignment=128)
+    """
+    check_float_array("x", x, ("m", "k"))
+    check_sizes("group_sizes", group_sizes, None)
+    rows = x.shape[0]
+    capacity = layout.aligned_capacity(rows, group_sizes.shape[0])
+    source, _, valid = layout.aligned_source_rows(layout.group_offsets(group_sizes, rows), capacity)
+    segments = jnp.where(valid[:, None], x[source], jnp.zeros((), x.dtype)) if rows else x
+    q = quantize_transposed(segments, dtype=dtype, power_of_two=power_of_two, implementation=implementation)
+    return ScaledArray(q.stored_values, q.stored_scales, q.rows, q.cols, q.block_shape, layout.SCALE_BLOCK)
+
+
+def dequantize(q: ScaledArray, dtype: Any = jnp.float32) -> jax.Array:
+    """Returns what a `ScaledArray` stands for: values times scales, block by block.
+
+    Args:
+        q: `[..., rows, cols]`.
+        dtype: bfloat16, float16 or float32, of the result; the product is taken in float32.
+
+    Returns:
+        `[..., rows, cols]`.
+
+    Raises:
+        TypeError: if q is no `ScaledArray` or the dtype is another.
+
+    Example:
+        >>> dequantize(quantize(jnp.array([[1.0, -448.0]]))).tolist()
+        [[1.0, -448.0]]
+    """
+    if not isinstance(q, ScaledArray):
+        raise TypeError(f"q must be a ScaledArray, got {type(q).__name__}")
+    dtype = check_float_dtype("dtype", dtype)
+    return reference.dequantize(q.stored_values, q.stored_scales, q.rows, q.cols, q.block_shape).astype(dtype)
+
+
+def check_fp8_dtype(name: str, dtype: Any) -> np.dtype:
+    """Returns `dtype` as a numpy dtype; raises TypeError unless it is an FP8 one that Hopper multiplies."""
+    try:
+        resolved = np.dtype(dtype)
+    except TypeError:
+        raise TypeError(f"{name} must be float8_e4m3fn or float8_e5m2, got {dtype!r}") from None
+    if resolved not in FP8_DTYPES:
+        raise TypeError(f"{name} must be float8_e4m3fn or float8_e5m2, got {resolved}")
+    return resolved
+
+
+def _quantize_problem(
+    x: jax.Array, block_shape: tuple[int, int], dtype: Any, power_of_two: bool, implementation: str | None, **outputs: Any
+) -> QuantizeProblem:
+    check_implementation(implementation)
+    block = resolve_block_shape(block_shape, *x.shape[-2:])
+    return QuantizeProblem(block, check_fp8_dtype("dtype", dtype), bool(power_of_two), **outputs)
+
+
+__all__ = ["SQUARE_BLOCK", "dequantize", "quantize", "quantize_both", "quantize_grouped", "quantize_transposed"]

@@ -1,0 +1,194 @@
+"""Implementation "xla": plain JAX, right on every platform. The oracle of the tests and what a CPU runs.
+
+Products are taken of the *dequantised* operands in float32, with the highest precision the platform has. Everything
+works on the stored arrays of `jaxgemm.scaled_array`.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgemm import layout
+from jaxgemm.problem import GemmProblem, QuantizeProblem
+from jaxgemm.scaled_array import is_mn_major, store_scales, store_values, transposed_block_shape
+
+SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
+INFINITY_BITS = 0x7F800000
+GROUP_TILE = 128
+"""Rows of one step of the grouped product: enough to fill a matrix unit, few enough to waste little on small groups."""
+
+
+def quantize(x: jax.Array, problem: QuantizeProblem) -> list[jax.Array]:
+    """Quantises `[..., rows, cols]` into the stored arrays that `problem` asks for.
+
+    Returns:
+        `[values, scales]` if natural, then `[values, scales]` of the transpose if transposed, then the float32
+        column sum `[..., cols]` if asked for.
+    """
+    x = x.astype(jnp.float32)
+    outputs: list[jax.Array] = []
+    if problem.natural:
+        outputs += _quantize_stored(x, problem.block_shape, problem)
+    if problem.transposed:
+        block_shape = transposed_block_shape(problem.block_shape, *x.shape[-2:])
+        outputs += _quantize_stored(jnp.swapaxes(x, -1, -2), block_shape, problem)
+    if problem.column_sum:
+        outputs.append(x.sum(-2))
+    return outputs
+
+
+def _quantize_stored(x: jax.Array, block_shape: tuple[int, int], problem: QuantizeProblem) -> list[jax.Array]:
+    values, scales = _quantize_blocks(x, block_shape, problem)
+    return [store_values(values), store_scales(scales, block_shape)]
+
+
+def _quantize_blocks(
+    x: jax.Array, block_shape: tuple[int, int], problem: QuantizeProblem
+) -> tuple[jax.Array, jax.Array]:
+    """Returns logical FP8 values and float32 scales of float32 `[..., rows, cols]`."""
+    rows, cols = x.shape[-2:]
+    magnitude_bits = jax.lax.bitcast_convert_type(jnp.abs(x), jnp.uint32)
+    scale = block_scale(_block_max(magnitude_bits, block_shape), problem.dtype, problem.power_of_two)
+    # Multiplying by the reciprocal, as the kernels do, keeps every implementation bitwise equal.
+    inverse = expand_scales(1.0 / scale, block_shape, rows, cols)
+    limit = float(jnp.finfo(problem.dtype).max)
+    values = jnp.clip(x * inverse, -limit, limit).astype(problem.dtype)
+    # NOTE: set apart from the arithmetic, since fast-math flags may assume that no NaN flows through it.
+    bad = expand_scales(jnp.where(is_finite_bits(scale), 0, 1), block_shape, rows, cols)
+    return jnp.where(bad == 1, jnp.array(jnp.nan, problem.dtype), values), scale
+
+
+def _block_max(bits: jax.Array, block_shape: tuple[int, int]) -> jax.Array:
+    """Returns the largest entry of every block, `[..., rows, cols] -> [..., row_blocks, col_blocks]`."""
+    row_blocks, col_blocks = (layout.cdiv(size, block) for size, block in zip(bits.shape[-2:], block_shape, strict=True))
+    padded = layout.pad_trailing(bits, (row_blocks * block_shape[0], col_blocks * block_shape[1]))
+    blocks = padded.reshape(*bits.shape[:-2], row_blocks, block_shape[0], col_blocks, block_shape[1])
+    return blocks.max((-3, -1), initial=0)
+
+
+def block_scale(amax_bits: jax.Array, dtype: np.dtype, power_of_two: bool) -> jax.Array:
+    """Returns the float32 scale of blocks from the bits of their largest magnitude.
+
+    The largest magnitude is handled as an unsigned integer, which orders non-negative floats and puts Inf and NaN on
+    top: no compiler flag can then reason NaN away. `scale = amax * (1 / max(dtype))`, a product because XLA turns the
+    division into one anyway; at least the smallest normal float32, so that its reciprocal is finite; 1 for a zero
+    block; NaN for a block that holds Inf or NaN.
+    """
+    amax = jax.lax.bitcast_convert_type(amax_bits, jnp.float32)
+    reciprocal = np.float32(1.0 / float(jnp.finfo(dtype).max))
+    scale = jnp.maximum(amax * reciprocal, np.float32(SMALLEST_NORMAL))
+    if power_of_two:
+        bits = jax.lax.bitcast_convert_type(scale, jnp.uint32)
+        rounded_up = (bits + np.uint32(0x7FFFFF)) & np.uint32(INFINITY_BITS)
+        scale = jax.lax.bitcast_convert_type(rounded_up, jnp.float32)
+    scale = jnp.where(amax_bits == 0, np.float32(1), scale)
+    return jnp.where(amax_bits >= INFINITY_BITS, np.float32(np.nan), scale)
+
+
+def is_finite_bits(x: jax.Array) -> jax.Array:
+    """Says which float32 are finite, by their bits: right under any fast-math flag."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    return (bits & np.uint32(INFINITY_BITS)) != np.uint32(INFINITY_BITS)
+
+
+def expand_scales(scales: jax.Array, block_shape: tuple[int, int], rows: int, cols: int) -> jax.Array:
+    """Repeats one entry per block, `[..., row_blocks, col_blocks]`, to one per element, `[..., rows, cols]`."""
+    expanded = jnp.repeat(jnp.repeat(scales, block_shape[0], -2), block_shape[1], -1)
+    return expanded[..., :rows, :cols]
+
+
+def dequantize(values: jax.Array, scales: jax.Array, rows: int, cols: int, block_shape: tuple[int, int]) -> jax.Array:
+    """Returns the float32 `[..., rows, cols]` that stored values and scales stand for."""
+    if is_mn_major(block_shape):
+        scales = layout.from_mn_major_tma_aligned(scales, rows)
+    return values[..., :rows, :cols].astype(jnp.float32) * expand_scales(scales, block_shape, rows, cols)
+
+
+def gemm(problem: GemmProblem, lhs: jax.Array, rhs: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """The dense product of dequantised operands, `[m, k] x [n, k] -> [m, n]`."""
+    return epilogue(problem, _matmul_nt(lhs, rhs), bias)
+
+
+def grouped_gemm(
+    problem: GemmProblem, lhs: jax.Array, rhs: jax.Array, bias: jax.Array | None, group_sizes: jax.Array
+) -> jax.Array:
+    """The product with contiguous groups of rows, `[m, k] x [g, n, k] -> [m, n]`; rows of no group are zero."""
+    offsets = layout.group_offsets(group_sizes, problem.m)
+    capacity = layout.aligned_capacity(problem.m, problem.num_groups, GROUP_TILE)
+    source, group, valid = layout.aligned_source_rows(offsets, capacity, GROUP_TILE)
+    if capacity == 0:
+        return jnp.zeros(problem.out_shape, problem.out_dtype)
+
+    def tile_product(tile: tuple[jax.Array, jax.Array]) -> jax.Array:
+        rows, tile_group = tile
+        tile_bias = None if bias is None else bias[tile_group]
+        return epilogue(problem, _matmul_nt(lhs[rows], rhs[tile_group]), tile_bias)
+
+    tiles = jax.lax.map(tile_product, (source.reshape(-1, GROUP_TILE), group[::GROUP_TILE]))
+    # Send the rows of no group past the end, where the scatter drops them.
+    target = jnp.where(valid, source, problem.m)
+    out = jnp.zeros(problem.out_shape, problem.out_dtype)
+    return out.at[target].set(tiles.reshape(capacity, problem.n), mode="drop")
+
+
+def masked_grouped_gemm(
+    problem: GemmProblem, lhs: jax.Array, rhs: jax.Array, bias: jax.Array | None, masked_m: jax.Array
+) -> jax.Array:
+    """The product with masked groups, `[g, m, k] x [g, n, k] -> [g, m, n]`; rows past `masked_m[g]` are zero."""
+    out = epilogue(problem, _matmul_nt(lhs, rhs), None if bias is None else bias[:, None])
+    valid = jnp.arange(problem.m) < jnp.clip(masked_m, 0, problem.m)[:, None]
+    return jnp.where(valid[..., None], out, jnp.zeros((), problem.out_dtype))
+
+
+def k_grouped_gemm(
+    problem: GemmProblem, lhs: jax.Array, rhs: jax.Array, accumulate: jax.Array | None, group_sizes: jax.Array
+) -> jax.Array:
+    """The product with groups of contracted columns, `[m, k] x [n, k] -> [g, m, n]`, added to `accumulate` if given."""
+    sizes = layout.clip_aligned_sizes(group_sizes, problem.k, problem.segment_alignment)
+    offsets = layout.aligned_group_offsets(sizes, 1)
+    capacity = layout.aligned_capacity(problem.k, problem.num_groups)
+    source, group, valid = layout.aligned_source_rows(offsets, capacity)
+    # Contiguous columns are found through their group's offset; aligned ones start where their segment does.
+    starts = layout.aligned_group_offsets(sizes, problem.segment_alignment)
+    columns = jnp.where(valid, source - offsets[group] + starts[group], 0)
+    out = jnp.zeros(problem.out_shape, jnp.float32)
+    if accumulate is not None:
+        out = accumulate.astype(jnp.float32)
+
+    def add_block(out: jax.Array, block: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        block_columns, block_valid, block_group = block
+        lhs_block = jnp.where(block_valid, lhs[:, block_columns], 0)
+        rhs_block = jnp.where(block_valid, rhs[:, block_columns], 0)
+        return out.at[block_group].add(_matmul_nt(lhs_block, rhs_block)), None
+
+    blocks = (columns.reshape(-1, layout.SCALE_BLOCK), valid.reshape(-1, layout.SCALE_BLOCK))
+    out, _ = jax.lax.scan(add_block, out, (*blocks, group[:: layout.SCALE_BLOCK]))
+    return out.astype(problem.out_dtype)
+
+
+def epilogue(problem: GemmProblem, accumulator: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """Adds the bias, applies the activation, both in float32, and casts."""
+    if bias is not None:
+        accumulator = accumulator + bias.astype(jnp.float32)
+    return activate(problem.activation, accumulator).astype(problem.out_dtype)
+
+
+def activate(activation: str | None, x: jax.Array) -> jax.Array:
+    """Applies an activation by name; gelu is its tanh approximation, flax's default."""
+    match activation:
+        case None:
+            return x
+        case "relu":
+            return jax.nn.relu(x)
+        case "gelu":
+            return jax.nn.gelu(x, approximate=True)
+        case "silu":
+            return jax.nn.silu(x)
+    raise ValueError(f"unknown activation {activation!r}")
+
+
+def _matmul_nt(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    """`[..., m, k] x [..., n, k] -> [..., m, n]` in float32."""
+    return jnp.einsum(
+        "...mk,...nk->...mn", lhs, rhs, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+    )
