@@ -1,0 +1,160 @@
+"""Linen: `Dense` with FP8 products and a fused bias, and an interceptor that switches a whole model.
+
+The parameters are Flax's own, in high precision and under the same names: a checkpoint of a
+`flax.linen` model loads into the FP8 model and the reverse.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+from jaxgemm.dot import DEEPSEEK, Recipe, fp8_dot, fp8_dot_general
+
+__all__ = ["Dense", "fp8_interceptor"]
+
+# Says of one layer, by its path in the model and itself, whether it is switched to FP8.
+LayerFilter = Callable[[tuple[str, ...], nn.Module], bool]
+
+
+class Dense(nn.Dense):
+    """`flax.linen.Dense` in FP8: `activation(inputs @ kernel + bias)` as one fused product.
+
+    All fields of `flax.linen.Dense` are here, with the same defaults and the same parameters: `kernel`
+    [inputs' last axis, features] and `bias` [features], both `param_dtype`. `precision` has no meaning
+    for FP8 operands and is ignored. A `dot_general` or `dot_general_cls` replaces the FP8 product.
+
+    Attributes:
+        activation: None, "relu", "gelu" or "silu", applied to the float32 accumulator after the bias.
+        recipe: How the operands of the forward and backward products are quantised.
+        implementation: None, "mosaic", "triton" or "xla", as in `jaxgemm.fp8_dot`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> layer = Dense(features=4, activation="relu")
+        >>> x = jnp.ones((2, 3), jnp.bfloat16)
+        >>> variables = layer.init(jax.random.key(0), x)
+        >>> jax.tree.map(jnp.shape, variables)
+        {'params': {'bias': (4,), 'kernel': (3, 4)}}
+        >>> layer.apply(variables, x).shape
+        (2, 4)
+    """
+
+    activation: str | None = None
+    recipe: Recipe = DEEPSEEK
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(self, inputs: Array) -> Array:
+        """Multiplies the last axis of `inputs` [..., k] by the kernel.
+
+        Args:
+            inputs: Floating-point array [..., k].
+
+        Returns:
+            Array [..., features], of the dtype that `flax.linen.Dense` would return.
+
+        Raises:
+            ValueError: If `activation` is given together with a product that cannot fuse it.
+        """
+        if self.dot_general is None and self.dot_general_cls is None:
+            return _fused_dense(
+                self,
+                inputs,
+                activation=self.activation,
+                recipe=self.recipe,
+                implementation=self.implementation,
+            )
+        if self.activation is not None:
+            raise ValueError(
+                f"activation must be None where dot_general replaces the FP8 product, got {self.activation!r}"
+            )
+        return super().__call__(inputs)
+
+
+def fp8_interceptor(
+    filter: LayerFilter | None = None, *, recipe: Recipe = DEEPSEEK, implementation: str | None = None
+) -> Callable[..., Any]:
+    """Returns an interceptor under which a model's `Dense` and `DenseGeneral` layers multiply in FP8.
+
+    Nothing in the model changes: parameters, their names and their initial values stay what they were,
+    and the layers are plain again outside the `with` block. Embeddings, normalisation, the products
+    inside attention and convolutions are never touched; a layer that was given its own `dot_general`
+    keeps it. `Dense` gets its bias fused.
+
+    Args:
+        filter: Called with the layer's path (the names from the root to it) and the layer; True switches it.
+            None switches all of them. The output head is commonly kept in high precision.
+        recipe: How operands are quantised.
+        implementation: None, "mosaic", "triton" or "xla", as in `jaxgemm.fp8_dot`.
+
+    Returns:
+        A function for `flax.linen.intercept_methods`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from flax import linen as nn
+        >>> model = nn.Sequential([nn.Dense(16), nn.relu, nn.Dense(3, name="head")])
+        >>> x = jnp.ones((2, 8))
+        >>> variables = model.init(jax.random.key(0), x)
+        >>> with nn.intercept_methods(fp8_interceptor(lambda path, layer: path[-1] != "head")):
+        ...     y = model.apply(variables, x)
+        >>> y.shape
+        (2, 3)
+    """
+    dot_general = functools.partial(fp8_dot_general, recipe=recipe, implementation=implementation)
+
+    def intercept(
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: nn.module.InterceptorContext,
+    ) -> Any:
+        layer = context.module
+        if context.method_name != "__call__" or not _is_plain(layer):
+            return call(*args, **kwargs)
+        if filter is not None and not filter(layer.path, layer):
+            return call(*args, **kwargs)
+        if isinstance(layer, nn.Dense):
+            return _fused_dense(layer, *args, **kwargs, recipe=recipe, implementation=implementation)
+        return _call_with_dot_general(layer, dot_general, call, args, kwargs)
+
+    return intercept
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether `layer` multiplies as Flax's own Dense or DenseGeneral does, with nothing put in its place."""
+    own_call = type(layer).__call__
+    if own_call is not nn.Dense.__call__ and own_call is not nn.DenseGeneral.__call__:
+        return False
+    return layer.dot_general is None and layer.dot_general_cls is None
+
+
+def _fused_dense(layer: nn.Dense, inputs: Array, **fp8_dot_keywords: Any) -> Array:
+    """The product of a Dense layer, with its parameters made or read just as `flax.linen.Dense` does."""
+    in_features = jnp.shape(inputs)[-1]
+    kernel = layer.param("kernel", layer.kernel_init, (in_features, layer.features), layer.param_dtype)
+    bias = None
+    if layer.use_bias:
+        bias = layer.param("bias", layer.bias_init, (layer.features,), layer.param_dtype)
+    inputs, kernel, bias = layer.promote_dtype(inputs, kernel, bias, dtype=layer.dtype)
+    return fp8_dot(inputs, kernel, bias, **fp8_dot_keywords)
+
+
+def _call_with_dot_general(
+    layer: nn.Module,
+    dot_general: Callable[..., Array],
+    call: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Calls `layer` with its `dot_general` field replaced for the length of this call."""
+    # A bound module refuses assignment, and a clone would need a scope of its own: set the field beneath.
+    object.__setattr__(layer, "dot_general", dot_general)
+    try:
+        return call(*args, **kwargs)
+    finally:
+        object.__setattr__(layer, "dot_general", None)
