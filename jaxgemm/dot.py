@@ -153,7 +153,9 @@ def masked_grouped_fp8_dot(
     check_float_array("lhs", lhs, ("g", "m", "k"))
     num_groups, k, n = _check_rhs(rhs, ("g", "k", "n"))
     if (lhs.shape[0], lhs.shape[2]) != (num_groups, k):
-        raise ValueError(f"lhs must be [g, m, k] = [{num_groups}, m, {k}] to match rhs, got {list(lhs.shape)}")
+        raise ValueError(
+            f"lhs must be [g, m, k] = [{num_groups}, m, {k}] to match rhs, got {list(lhs.shape)}"
+        )
     check_sizes("masked_m", masked_m, num_groups)
     check_bias(bias, (num_groups, n))
     options = _options("masked", lhs, rhs, bias, preferred_element_type, activation, recipe, implementation)
@@ -203,7 +205,9 @@ def fp8_dot_general(
     lhs, rhs = _as_array(lhs), _as_array(rhs)
     check_float_array("lhs", lhs, ("...",))
     check_float_array("rhs", rhs, ("...",))
-    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = _check_dimensions(lhs.shape, rhs.shape, dimension_numbers)
+    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = _check_dimensions(
+        lhs.shape, rhs.shape, dimension_numbers
+    )
     lhs_free = [d for d in range(lhs.ndim) if d not in (*lhs_contract, *lhs_batch)]
     rhs_free = [d for d in range(rhs.ndim) if d not in (*rhs_contract, *rhs_batch)]
     batch, m, k, n = (
@@ -217,7 +221,10 @@ def fp8_dot_general(
     def product(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         return scaled_dot(options, lhs, rhs, None, None)
 
-    lhs, rhs = lhs.reshape(*batch, math.prod(m), math.prod(k)), rhs.reshape(*batch, math.prod(k), math.prod(n))
+    lhs, rhs = (
+        lhs.reshape(*batch, math.prod(m), math.prod(k)),
+        rhs.reshape(*batch, math.prod(k), math.prod(n)),
+    )
     for _ in batch:
         product = jax.vmap(product)
     return product(lhs, rhs).reshape(*batch, *m, *n)
@@ -242,15 +249,27 @@ def _check_dimensions(lhs_shape: Any, rhs_shape: Any, dimension_numbers: Any) ->
             raise ValueError(
                 f"dimension_numbers of {name} must be distinct axes of its shape {list(shape)}, got {list(dims)}"
             )
-    for name, lhs_dims, rhs_dims in (("contracting", lhs_contract, rhs_contract), ("batch", lhs_batch, rhs_batch)):
+    for name, lhs_dims, rhs_dims in (
+        ("contracting", lhs_contract, rhs_contract),
+        ("batch", lhs_batch, rhs_batch),
+    ):
         lhs_sizes, rhs_sizes = [lhs_shape[d] for d in lhs_dims], [rhs_shape[d] for d in rhs_dims]
         if lhs_sizes != rhs_sizes:
-            raise ValueError(f"{name} dimensions must have equal sizes, got {lhs_sizes} for lhs and {rhs_sizes} for rhs")
+            raise ValueError(
+                f"{name} dimensions must have equal sizes, got {lhs_sizes} for lhs and {rhs_sizes} for rhs"
+            )
     return (lhs_contract, rhs_contract), (lhs_batch, rhs_batch)
 
 
 def _options(
-    kind: str, lhs: Any, rhs: Any, bias: Any, out_dtype: Any, activation: Any, recipe: Recipe, implementation: Any
+    kind: str,
+    lhs: Any,
+    rhs: Any,
+    bias: Any,
+    out_dtype: Any,
+    activation: Any,
+    recipe: Recipe,
+    implementation: Any,
 ) -> DotOptions:
     check_activation(activation)
     check_implementation(implementation)
@@ -274,10 +293,13 @@ def _check_rhs(rhs: Any, axes: tuple[str, ...]) -> tuple[int, ...]:
         check_float_array("rhs", rhs, axes)
         return rhs.shape
     if rhs.ndim != len(axes):
-        raise ValueError(f"rhs must be a ScaledArray [{', '.join((*axes[:-2], 'n', 'k'))}], got {list(rhs.shape)}")
+        raise ValueError(
+            f"rhs must be a ScaledArray [{', '.join((*axes[:-2], 'n', 'k'))}], got {list(rhs.shape)}"
+        )
     *lead, n, k = rhs.shape
     return (*lead, k, n)
 
 
 def _as_array(x: Any) -> Any:
-    return jnp.asarray(x) if isinstance(x, np.ndarray) else x
+    """Puts a numpy array on the device, unless that would silently change its dtype: float64 is refused later."""
+    return jnp.asarray(x) if isinstance(x, np.ndarray) and jnp.asarray(x).dtype == x.dtype else x

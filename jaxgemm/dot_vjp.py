@@ -57,7 +57,11 @@ class DotOptions:
 
     def quantizer(self, dtype: Any) -> dict[str, Any]:
         """Returns the keywords that every quantising function takes."""
-        return {"dtype": dtype, "power_of_two": self.recipe.power_of_two, "implementation": self.implementation}
+        return {
+            "dtype": dtype,
+            "power_of_two": self.recipe.power_of_two,
+            "implementation": self.implementation,
+        }
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -75,7 +79,9 @@ def scaled_dot(options: DotOptions, lhs: Any, rhs: Any, bias: Any, sizes: Any) -
         `[m, n]`; masked `[g, m, n]`.
     """
     recipe = options.recipe
-    lhs_q = quantize(_drop_masked(options, lhs, sizes), recipe.lhs_block_shape, **options.quantizer(recipe.lhs_dtype))
+    lhs_q = quantize(
+        _drop_masked(options, lhs, sizes), recipe.lhs_block_shape, **options.quantizer(recipe.lhs_dtype)
+    )
     if not isinstance(rhs, ScaledArray):
         rhs = quantize_transposed(rhs, recipe.rhs_block_shape, **options.quantizer(recipe.rhs_dtype))
     return _row_product(options, lhs_q, rhs, sizes, options.out_dtype, bias, options.activation)
@@ -99,7 +105,12 @@ def _forward(options: DotOptions, lhs: Any, rhs: Any, bias: Any, sizes: Any) -> 
         # The derivative needs what the activation was applied to, so that is what the product stores.
         pre_activation = checkpoint_name(out, RESIDUAL_NAMES[2])
         out = _activate(options, pre_activation)
-    residuals = (_name(lhs_residual, RESIDUAL_NAMES[0]), _name(rhs_residual, RESIDUAL_NAMES[1]), pre_activation, sizes)
+    residuals = (
+        _name(lhs_residual, RESIDUAL_NAMES[0]),
+        _name(rhs_residual, RESIDUAL_NAMES[1]),
+        pre_activation,
+        sizes,
+    )
     return out, residuals
 
 
@@ -149,7 +160,10 @@ def _wgrad(options: DotOptions, lhs: Any, dout: Any, sizes: Any) -> jax.Array:
     """The gradient of rhs in float32, `[k, n]` or `[g, k, n]`, from what the quantisers below kept."""
     if options.recipe.wgrad_dtype == "bf16":
         return _wgrad_bf16(options, lhs, dout, sizes)
-    keywords: dict[str, Any] = {"preferred_element_type": jnp.float32, "implementation": options.implementation}
+    keywords: dict[str, Any] = {
+        "preferred_element_type": jnp.float32,
+        "implementation": options.implementation,
+    }
     if options.kind == "dense":
         return gemm(lhs, dout, **keywords)
     if options.kind == "grouped":
@@ -168,7 +182,9 @@ def _wgrad_bf16(options: DotOptions, lhs: jax.Array, dout: jax.Array, sizes: Any
     offsets = layout.group_offsets(sizes, lhs.shape[0])
     valid = (jnp.arange(lhs.shape[0]) < offsets[-1])[:, None]
     lhs, dout = (jnp.where(valid, x, jnp.zeros((), x.dtype)) for x in (lhs, dout))
-    return jax.lax.ragged_dot_general(lhs, dout, jnp.diff(offsets), numbers, preferred_element_type=jnp.float32)
+    return jax.lax.ragged_dot_general(
+        lhs, dout, jnp.diff(offsets), numbers, preferred_element_type=jnp.float32
+    )
 
 
 def _quantize_lhs(options: DotOptions, lhs: jax.Array, sizes: Any) -> tuple[ScaledArray, Any]:
@@ -183,13 +199,17 @@ def _quantize_lhs(options: DotOptions, lhs: jax.Array, sizes: Any) -> tuple[Scal
     return natural, _for_wgrad(options, lhs, sizes, keywords) if fp8_wgrad else lhs
 
 
-def _quantize_dout(options: DotOptions, dout: jax.Array, sizes: Any) -> tuple[ScaledArray, Any, jax.Array | None]:
+def _quantize_dout(
+    options: DotOptions, dout: jax.Array, sizes: Any
+) -> tuple[ScaledArray, Any, jax.Array | None]:
     """Returns dout as dgrad and as wgrad need it, and its sum over the rows if there is a bias."""
     recipe, keywords = options.recipe, options.quantizer(options.recipe.dout_dtype)
     fp8_wgrad = options.rhs_dtype is not None and recipe.wgrad_dtype == "fp8"
     has_bias = options.bias_dtype is not None
     if fp8_wgrad and options.kind != "grouped" and recipe.dout_block_shape[0] == 1:
-        natural, for_wgrad, dbias = quantize_both(dout, recipe.dout_block_shape, column_sum=has_bias, **keywords)
+        natural, for_wgrad, dbias = quantize_both(
+            dout, recipe.dout_block_shape, column_sum=has_bias, **keywords
+        )
         return natural, for_wgrad, dbias.astype(options.bias_dtype) if dbias is not None else None
     natural = quantize(dout, recipe.dout_block_shape, **keywords)
     for_wgrad = _for_wgrad(options, dout, sizes, keywords) if fp8_wgrad else dout

@@ -8,7 +8,13 @@ import numpy as np
 
 from jaxgemm import layout, reference
 from jaxgemm.primitives import bind_quantize
-from jaxgemm.problem import QuantizeProblem, check_float_array, check_float_dtype, check_implementation, check_sizes
+from jaxgemm.problem import (
+    QuantizeProblem,
+    check_float_array,
+    check_float_dtype,
+    check_implementation,
+    check_sizes,
+)
 from jaxgemm.scaled_array import (
     FP8_DTYPES,
     ROW_BLOCK,
@@ -134,7 +140,9 @@ def quantize_transposed(
         ScaledArray(shape=(200, 300), dtype=float8_e4m3fn, block_shape=(128, 128))
     """
     check_float_array("x", x, ("...", "m", "k"))
-    problem = _quantize_problem(x, block_shape, dtype, power_of_two, implementation, natural=False, transposed=True)
+    problem = _quantize_problem(
+        x, block_shape, dtype, power_of_two, implementation, natural=False, transposed=True
+    )
     values, scales = bind_quantize(x, problem, implementation)
     rows, cols = x.shape[-2:]
     return ScaledArray(values, scales, cols, rows, transposed_block_shape(problem.block_shape, rows, cols))
@@ -218,11 +226,23 @@ def check_fp8_dtype(name: str, dtype: Any) -> np.dtype:
 
 
 def _quantize_problem(
-    x: jax.Array, block_shape: tuple[int, int], dtype: Any, power_of_two: bool, implementation: str | None, **outputs: Any
+    x: jax.Array,
+    block_shape: tuple[int, int],
+    dtype: Any,
+    power_of_two: bool,
+    implementation: str | None,
+    **outputs: Any,
 ) -> QuantizeProblem:
     check_implementation(implementation)
     block = resolve_block_shape(block_shape, *x.shape[-2:])
     return QuantizeProblem(block, check_fp8_dtype("dtype", dtype), bool(power_of_two), **outputs)
 
 
-__all__ = ["SQUARE_BLOCK", "dequantize", "quantize", "quantize_both", "quantize_grouped", "quantize_transposed"]
+__all__ = [
+    "SQUARE_BLOCK",
+    "dequantize",
+    "quantize",
+    "quantize_both",
+    "quantize_grouped",
+    "quantize_transposed",
+]

@@ -60,7 +60,9 @@ def _quantize_blocks(
 
 def _block_max(bits: jax.Array, block_shape: tuple[int, int]) -> jax.Array:
     """Returns the largest entry of every block, `[..., rows, cols] -> [..., row_blocks, col_blocks]`."""
-    row_blocks, col_blocks = (layout.cdiv(size, block) for size, block in zip(bits.shape[-2:], block_shape, strict=True))
+    row_blocks, col_blocks = (
+        layout.cdiv(size, block) for size, block in zip(bits.shape[-2:], block_shape, strict=True)
+    )
     padded = layout.pad_trailing(bits, (row_blocks * block_shape[0], col_blocks * block_shape[1]))
     blocks = padded.reshape(*bits.shape[:-2], row_blocks, block_shape[0], col_blocks, block_shape[1])
     return blocks.max((-3, -1), initial=0)
@@ -97,7 +99,9 @@ def expand_scales(scales: jax.Array, block_shape: tuple[int, int], rows: int, co
     return expanded[..., :rows, :cols]
 
 
-def dequantize(values: jax.Array, scales: jax.Array, rows: int, cols: int, block_shape: tuple[int, int]) -> jax.Array:
+def dequantize(
+    values: jax.Array, scales: jax.Array, rows: int, cols: int, block_shape: tuple[int, int]
+) -> jax.Array:
     """Returns the float32 `[..., rows, cols]` that stored values and scales stand for."""
     if is_mn_major(block_shape):
         scales = layout.from_mn_major_tma_aligned(scales, rows)
@@ -190,5 +194,9 @@ def activate(activation: str | None, x: jax.Array) -> jax.Array:
 def _matmul_nt(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
     """`[..., m, k] x [..., n, k] -> [..., m, n]` in float32."""
     return jnp.einsum(
-        "...mk,...nk->...mn", lhs, rhs, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+        "...mk,...nk->...mn",
+        lhs,
+        rhs,
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
     )

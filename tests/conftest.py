@@ -1,5 +1,6 @@
 import jax
 import pytest
+from support import available_implementations
 
 
 @pytest.fixture(autouse=True)
@@ -7,3 +8,9 @@ def strict_dtype_promotion():
     """No test may pass by an accidental promotion: mixed dtypes must be cast on purpose."""
     with jax.numpy_dtype_promotion("strict"):
         yield
+
+
+def pytest_generate_tests(metafunc):
+    """One suite for all: a test that takes `implementation` runs with each that this machine has."""
+    if "implementation" in metafunc.fixturenames:
+        metafunc.parametrize("implementation", available_implementations())

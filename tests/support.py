@@ -27,7 +27,7 @@ def random(seed, *shape, dtype=jnp.float32, scale=1.0):
     key = jax.random.split(jax.random.key(seed), 3)
     x = jax.random.normal(key[0], shape)
     spread = jnp.exp(jax.random.normal(key[1], (*shape[:-1], 1)))
-    return (x * spread * scale).astype(dtype)
+    return (x * spread * scale).reshape(shape).astype(dtype)
 
 
 def difference(actual, expected):
@@ -58,7 +58,9 @@ def tile_difference(actual, expected):
 def assert_close(actual, expected, bound=TIGHT):
     """Fails unless the two agree on every tile to `bound`; bfloat16 results round by up to 2^-9, squared here."""
     assert tile_difference(actual, expected) <= bound
-    assert np.array_equal(np.isnan(np.asarray(actual, np.float64)), np.isnan(np.asarray(expected, np.float64)))
+    assert np.array_equal(
+        np.isnan(np.asarray(actual, np.float64)), np.isnan(np.asarray(expected, np.float64))
+    )
 
 
 def dequantized(q):
@@ -83,7 +85,7 @@ def activate(x, activation):
         None: lambda: x,
         "relu": lambda: np.maximum(x, 0),
         "gelu": lambda: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
-        "silu": lambda: x / (1 + np.exp(-x)),
+        "silu": lambda: x * 0.5 * (1 + np.tanh(x / 2)),
     }[activation]()
 
 
@@ -101,3 +103,9 @@ def group_rows(sizes, limit):
         end = min(start + max(int(size), 0), limit)
         yield group, start, end
         start = end
+
+
+def available_implementations():
+    """Names of the implementations that the products have on this machine."""
+    on_hopper = jax.default_backend() == "gpu" and jax.devices()[0].compute_capability == "9.0"
+    return ["xla", "mosaic"] if on_hopper else ["xla"]

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from jaxgemm import layout
 
 TOTAL, GROUPS = 900, 6
-sizes_lists = st.lists(st.integers(0, TOTAL // GROUPS), min_size=GROUPS, max_size=GROUPS)  # one shape: one compilation
+sizes_lists = st.lists(
+    st.integers(0, TOTAL // GROUPS), min_size=GROUPS, max_size=GROUPS
+)  # one shape: one compilation
 
 
 @pytest.mark.parametrize("k", [128, 300])
@@ -60,7 +62,10 @@ def test_alignment():
             r"stored must be \[..., ceil\(k/128\), align_up\(m, 4\)\] = \[..., 1, 8\] for m = 7, got \[1, 7\]",
         ),
         (lambda: layout.aligned_group_offsets(jnp.ones(3)), "group_sizes must be integers"),
-        (lambda: layout.aligned_group_offsets(jnp.ones(3, jnp.int32), 0), "alignment must be positive, got 0"),
+        (
+            lambda: layout.aligned_group_offsets(jnp.ones(3, jnp.int32), 0),
+            "alignment must be positive, got 0",
+        ),
     ],
 )
 def test_errors(call, message):
@@ -76,7 +81,9 @@ jit_clip_aligned_sizes = jax.jit(layout.clip_aligned_sizes, static_argnums=(1, 2
 def aligned_layout(sizes, alignment):
     offsets = layout.group_offsets(sizes, TOTAL)
     capacity = layout.aligned_capacity(TOTAL, GROUPS, alignment)
-    return layout.aligned_group_offsets(sizes, alignment), layout.aligned_source_rows(offsets, capacity, alignment)
+    return layout.aligned_group_offsets(sizes, alignment), layout.aligned_source_rows(
+        offsets, capacity, alignment
+    )
 
 
 @settings(deadline=None, max_examples=60)

@@ -42,7 +42,10 @@ def expected_parts(x, block, dtype, power_of_two=False):
 def test_equals_the_definition(block, source, dtype, power_of_two):
     x = random(0, 133, 300, dtype=source)
     values, scales = expected_parts(x, block, dtype, power_of_two)
-    for quantize in (jaxgemm.quantize, jax.jit(jaxgemm.quantize, static_argnums=(1, 2), static_argnames="power_of_two")):
+    for quantize in (
+        jaxgemm.quantize,
+        jax.jit(jaxgemm.quantize, static_argnums=(1, 2), static_argnames="power_of_two"),
+    ):
         q = quantize(x, block, dtype, power_of_two=power_of_two)
         assert (q.dtype, q.scales.dtype) == (dtype, jnp.float32)
         np.testing.assert_array_equal(q.scales, scales)
@@ -50,7 +53,12 @@ def test_equals_the_definition(block, source, dtype, power_of_two):
 
 
 @settings(deadline=None, max_examples=12)
-@given(m=st.integers(1, 140), k=st.integers(1, 270), block=st.sampled_from([ROW, SQUARE]), seed=st.integers(0, 99))
+@given(
+    m=st.integers(1, 140),
+    k=st.integers(1, 270),
+    block=st.sampled_from([ROW, SQUARE]),
+    seed=st.integers(0, 99),
+)
 def test_round_trip_is_within_half_a_step(m, k, block, seed):
     x = random(seed, m, k)
     q = jaxgemm.quantize(x, block)
@@ -151,14 +159,38 @@ def test_grouped_segments_hold_their_rows_and_nothing_else():
 @pytest.mark.parametrize(
     "error, call, message",
     [
-        (TypeError, lambda q: q(jnp.ones((2, 2), jnp.int32)), r"x.dtype must be bfloat16, float16 or float32, got int32"),
-        (TypeError, lambda q: q(np.ones((2, 2))), r"x.dtype must be bfloat16, float16 or float32, got float64"),
+        (
+            TypeError,
+            lambda q: q(jnp.ones((2, 2), jnp.int32)),
+            r"x.dtype must be bfloat16, float16 or float32, got int32",
+        ),
+        (
+            TypeError,
+            lambda q: q(np.ones((2, 2))),
+            r"x.dtype must be bfloat16, float16 or float32, got float64",
+        ),
         (TypeError, lambda q: q([[1.0]]), r"x must be an array of bfloat16, float16 or float32, got list"),
-        (TypeError, lambda q: q(jnp.ones((2, 2)), ROW, jnp.int8), "dtype must be float8_e4m3fn or float8_e5m2, got int8"),
+        (
+            TypeError,
+            lambda q: q(jnp.ones((2, 2)), ROW, jnp.int8),
+            "dtype must be float8_e4m3fn or float8_e5m2, got int8",
+        ),
         (ValueError, lambda q: q(jnp.ones(2)), r"x must be \[..., m, k\], got shape \[2\]"),
-        (ValueError, lambda q: q(jnp.ones((2, 9)), (1, 64)), r"block_shape must be .* \(m, k\) = \(2, 9\), got \(1, 64\)"),
-        (ValueError, lambda q: q(jnp.ones((2, 2)), implementation="cuda"), "implementation must be one of .* got 'cuda'"),
-        (NotImplementedError, lambda q: q(jnp.ones((2, 2)), implementation="mosaic"), "'mosaic' cannot serve this call"),
+        (
+            ValueError,
+            lambda q: q(jnp.ones((2, 9)), (1, 64)),
+            r"block_shape must be .* \(m, k\) = \(2, 9\), got \(1, 64\)",
+        ),
+        (
+            ValueError,
+            lambda q: q(jnp.ones((2, 2)), implementation="cuda"),
+            "implementation must be one of .* got 'cuda'",
+        ),
+        (
+            NotImplementedError,
+            lambda q: q(jnp.ones((2, 2)), implementation="mosaic"),
+            "'mosaic' cannot serve this call",
+        ),
     ],
 )
 def test_errors(error, call, message):

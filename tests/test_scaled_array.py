@@ -106,7 +106,11 @@ def test_row_blocks_do_not_transpose(n):
     [
         (ValueError, ((7, 7), (8, 1), ROW), r"scales must be \[m, ceil\(k/128\)\] = \[7, 1\], got \[8, 1\]"),
         (ValueError, ((7, 7), (1, 7), ROW), r"scales must be \[m, ceil\(k/128\)\] = \[7, 1\], got \[1, 7\]"),
-        (ValueError, ((200, 300), (3, 2), SQUARE), r"\[ceil\(m/128\), ceil\(k/128\)\] = \[2, 3\], got \[3, 2\]"),
+        (
+            ValueError,
+            ((200, 300), (3, 2), SQUARE),
+            r"\[ceil\(m/128\), ceil\(k/128\)\] = \[2, 3\], got \[3, 2\]",
+        ),
         (ValueError, ((2, 7, 7), (7, 1), ROW), r"= \[2, 7, 1\], got \[7, 1\]"),
         (ValueError, ((7,), (7, 1), ROW), r"values must be \[..., rows, cols\], got shape \[7\]"),
         (ValueError, ((7, 7), (7, 1), (1, 64)), r"block_shape must be .* got \(1, 64\)"),

@@ -1,0 +1,94 @@
+"""The rooms of the library: imports go down only, and importing it costs nothing."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import jaxgemm
+
+PACKAGE = pathlib.Path(jaxgemm.__file__).parent
+LEVELS = [
+    {"jaxgemm.flax", "jaxgemm.bench"},
+    {"jaxgemm.dot", "jaxgemm.dot_vjp", "jaxgemm.recipe"},
+    {"jaxgemm.gemm", "jaxgemm.quantize"},
+    {"jaxgemm.primitives"},
+    {"jaxgemm.dispatch"},
+    {"jaxgemm.kernels"},
+    {"jaxgemm.reference", "jaxgemm.tuning"},
+    {"jaxgemm.problem"},
+    {"jaxgemm.scaled_array"},
+    {"jaxgemm.layout"},
+]
+WITHIN = [
+    ("jaxgemm.dot", "jaxgemm.dot_vjp"),
+    ("jaxgemm.dot", "jaxgemm.recipe"),
+    ("jaxgemm.dot_vjp", "jaxgemm.recipe"),
+]
+PACKAGES = ("jaxgemm.flax", "jaxgemm.bench", "jaxgemm.kernels")
+
+
+def room(module):
+    return next((p for p in PACKAGES if module == p or module.startswith(p + ".")), module)
+
+
+def modules():
+    for path in PACKAGE.rglob("*.py"):
+        yield (
+            ".".join(("jaxgemm", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"),
+            path,
+        )
+
+
+def runtime_imports(path):
+    """Modules of this library that a file imports, but for those only a type checker sees."""
+    tree = ast.parse(path.read_text())
+    hidden = {
+        id(node)
+        for test in ast.walk(tree)
+        if isinstance(test, ast.If) and "TYPE_CHECKING" in ast.unparse(test.test)
+        for node in ast.walk(test)
+    }
+    known = {name for name, _ in modules()}
+    for node in ast.walk(tree):
+        if id(node) in hidden:
+            continue
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jaxgemm"):
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield full if full in known else node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.startswith("jaxgemm"))
+
+
+def test_imports_go_down_only():
+    level = {name: i for i, names in enumerate(LEVELS) for name in names}
+    wrong = []
+    for name, path in modules():
+        if name == "jaxgemm":
+            continue
+        assert room(name) in level, f"{name} is in no room: add it to LEVELS"
+        for target in runtime_imports(path):
+            source, target = room(name), room(target)
+            if target == "jaxgemm":  # the front door, which stands above the middle rooms
+                if level[source] > 0:
+                    wrong.append(f"{name} imports the whole package")
+            elif source != target and (source, target) not in WITHIN and level[target] <= level[source]:
+                wrong.append(f"{name} imports {target}")
+    assert not wrong
+
+
+def test_importing_loads_no_kernel_language_and_takes_no_device():
+    code = (
+        "import jaxgemm, sys\n"
+        "from jax._src import xla_bridge\n"
+        "heavy = [m for m in ('triton', 'jax_triton', 'flax', 'jax.experimental.pallas', 'torch') if m in sys.modules]\n"
+        "assert not heavy, heavy\n"
+        "assert not xla_bridge.backends_are_initialized()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_all_names_exist_and_are_documented():
+    for name in jaxgemm.__all__:
+        assert getattr(jaxgemm, name).__doc__, name

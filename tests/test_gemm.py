@@ -1,0 +1,198 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import (
+    E4M3,
+    E5M2,
+    LOOSE,
+    ROW,
+    SQUARE,
+    assert_close,
+    available_implementations,
+    difference,
+    operands,
+    oracle,
+    random,
+)
+
+import jaxgemm
+from jaxgemm import ScaledArray
+
+SHAPES = [(7, 7, 7), (1, 1, 1), (1, 576, 300), (130, 70, 200), (64, 257, 129), (3, 130, 1000)]
+f32_gemm = functools.partial(jaxgemm.gemm, preferred_element_type=jnp.float32)
+
+
+@pytest.mark.parametrize("m, n, k", SHAPES)
+@pytest.mark.parametrize("rhs_block", [SQUARE, ROW])
+def test_any_shape(m, n, k, rhs_block, implementation):
+    lhs, rhs = operands(m, n, k, rhs_block=rhs_block)
+    out = f32_gemm(lhs, rhs, implementation=implementation)
+    assert (out.shape, out.dtype) == ((m, n), jnp.float32)
+    assert_close(out, oracle(lhs, rhs))
+
+
+@settings(deadline=None, max_examples=10)
+@given(m=st.integers(1, 300), n=st.integers(1, 300), k=st.integers(1, 400), seed=st.integers(0, 9))
+def test_any_shape_at_random(m, n, k, seed):
+    for implementation in available_implementations():
+        lhs, rhs = operands(m, n, k, seed=seed)
+        assert_close(f32_gemm(lhs, rhs, implementation=implementation), oracle(lhs, rhs))
+
+
+@pytest.mark.parametrize("lhs_block", [ROW, SQUARE, (1, 200), (130, 200)])
+@pytest.mark.parametrize("rhs_block", [ROW, SQUARE, (1, 200), (70, 200)])
+def test_any_blocks(lhs_block, rhs_block):
+    lhs, rhs = operands(130, 70, 200, lhs_block=lhs_block, rhs_block=rhs_block)
+    assert_close(f32_gemm(lhs, rhs), oracle(lhs, rhs))
+
+
+@pytest.mark.parametrize("lhs_dtype", [E4M3, E5M2])
+@pytest.mark.parametrize("rhs_dtype", [E4M3, E5M2])
+def test_any_formats_also_mixed(lhs_dtype, rhs_dtype, implementation):
+    lhs, rhs = operands(37, 70, 200, lhs_dtype=lhs_dtype, rhs_dtype=rhs_dtype)
+    assert (lhs.dtype, rhs.dtype) == (lhs_dtype, rhs_dtype)
+    assert_close(f32_gemm(lhs, rhs, implementation=implementation), oracle(lhs, rhs))
+
+
+@pytest.mark.parametrize("out_dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("activation", [None, "relu", "gelu", "silu"])
+@pytest.mark.parametrize("bias_dtype", [None, jnp.bfloat16, jnp.float32])
+def test_epilogue(out_dtype, activation, bias_dtype, implementation):
+    lhs, rhs = operands(37, 70, 200)
+    bias = None if bias_dtype is None else random(5, 70, dtype=bias_dtype, scale=10)
+    out = jaxgemm.gemm(
+        lhs, rhs, bias, activation=activation, preferred_element_type=out_dtype, implementation=implementation
+    )
+    assert out.dtype == out_dtype
+    assert_close(out, oracle(lhs, rhs, bias, activation))
+
+
+def test_a_scale_wrong_in_one_block_is_seen():
+    """The bound must catch what the loose one lets pass: one k-block of one 128-row tile scaled by 1.1."""
+    lhs, rhs = operands(256, 256, 1024)
+    scales = np.array(lhs.scales)
+    scales[:128, 3] *= 1.1
+    wrong = f32_gemm(ScaledArray.from_parts(lhs.values, jnp.asarray(scales), ROW), rhs)
+    with pytest.raises(AssertionError):
+        assert_close(wrong, oracle(lhs, rhs))
+
+
+@pytest.mark.parametrize("m, n, k", [(64, 200, 512), (33, 128, 7168)])
+def test_near_the_unquantised_product(m, n, k, implementation):
+    x, w = random(0, m, k), random(1, n, k)
+    out = f32_gemm(jaxgemm.quantize(x), jaxgemm.quantize(w, SQUARE), implementation=implementation)
+    assert difference(out, np.asarray(x, np.float64) @ np.asarray(w, np.float64).T) < LOOSE
+
+
+def test_small_integers_are_exact(implementation):
+    """Integers with power-of-two scales round nowhere, so any order of summing gives the very same bits."""
+    key = jax.random.split(jax.random.key(0), 4)
+    lhs_values, rhs_values = (jax.random.randint(k, (130, 300), -8, 9).astype(E4M3) for k in key[:2])
+    lhs_scales, rhs_scales = (
+        2.0 ** jax.random.randint(key, shape, -2, 3).astype(jnp.float32)
+        for key, shape in zip(key[2:], [(130, 3), (2, 3)], strict=True)
+    )
+    lhs = ScaledArray.from_parts(lhs_values, lhs_scales, ROW)
+    rhs = ScaledArray.from_parts(rhs_values, rhs_scales, SQUARE)
+    np.testing.assert_array_equal(f32_gemm(lhs, rhs, implementation=implementation), oracle(lhs, rhs))
+
+
+def test_repeated_runs_are_bitwise_equal(implementation):
+    lhs, rhs = operands(130, 300, 500)
+    first = np.asarray(f32_gemm(lhs, rhs, implementation=implementation))
+    for _ in range(3):
+        np.testing.assert_array_equal(f32_gemm(lhs, rhs, implementation=implementation), first)
+
+
+def test_nothing_reads_the_padding(implementation):
+    lhs, rhs = operands(37, 70, 200)
+    clean = f32_gemm(lhs, rhs, implementation=implementation)
+
+    def poison(q):
+        values = q.stored_values.at[q.rows :].set(jnp.nan)
+        scales = q.stored_scales.at[:, q.rows :].set(jnp.nan) if q.block_shape == ROW else q.stored_scales
+        return ScaledArray(values, scales, q.rows, q.cols, q.block_shape)
+
+    np.testing.assert_array_equal(f32_gemm(poison(lhs), poison(rhs), implementation=implementation), clean)
+
+
+@pytest.mark.parametrize("m, n, k", [(0, 5, 7), (5, 0, 7), (5, 7, 0), (0, 0, 0)])
+def test_empty_operands(m, n, k, implementation):
+    lhs, rhs = operands(m, n, k)
+    bias = jnp.arange(n, dtype=jnp.float32)
+    out = f32_gemm(lhs, rhs, bias, implementation=implementation)
+    np.testing.assert_array_equal(out, np.broadcast_to(bias, (m, n)) if k == 0 else np.zeros((m, n)))
+
+
+def test_is_one_equation():
+    lhs, rhs = operands(7, 9, 200)
+    jaxpr = jax.make_jaxpr(jaxgemm.gemm)(lhs, rhs)
+    assert [e.primitive.name for e in jaxpr.eqns] == ["fp8_gemm"]
+    jaxpr = jax.make_jaxpr(jaxgemm.quantize)(jnp.ones((7, 9)))
+    assert [e.primitive.name for e in jaxpr.eqns] == ["fp8_quantize"]
+
+
+@pytest.fixture
+def lhs():
+    return jaxgemm.quantize(jnp.ones((4, 200)))
+
+
+@pytest.mark.parametrize(
+    "error, call, message",
+    [
+        (
+            ValueError,
+            lambda x: jaxgemm.gemm(x, jaxgemm.quantize(jnp.ones((5, 201)), SQUARE)),
+            r"lhs and rhs must agree in k, the last axis: lhs is \[4, 200\] with k = 200, rhs is \[5, 201\]",
+        ),
+        (
+            TypeError,
+            lambda x: jaxgemm.gemm(x, jnp.ones((5, 200), jnp.int8)),
+            "rhs must be a ScaledArray .* int8",
+        ),
+        (TypeError, lambda x: jaxgemm.gemm(x.values, x), "lhs must be a ScaledArray of FP8 values"),
+        (
+            ValueError,
+            lambda x: jaxgemm.gemm(x, jaxgemm.quantize(jnp.ones((1, 4, 200)))),
+            r"rhs must be \[n, k\]",
+        ),
+        (ValueError, lambda x: jaxgemm.gemm(x, x, jnp.ones(5)), r"bias must be \[n\] = \[4\], got \[5\]"),
+        (
+            ValueError,
+            lambda x: jaxgemm.gemm(x, x, jnp.ones((1, 4))),
+            r"bias must be \[n\], got shape \[1, 4\]",
+        ),
+        (TypeError, lambda x: jaxgemm.gemm(x, x, jnp.ones(4, jnp.int32)), "bias.dtype must be bfloat16"),
+        (
+            ValueError,
+            lambda x: jaxgemm.gemm(x, x, activation="tanh"),
+            "activation must be one of None, 'relu'",
+        ),
+        (
+            ValueError,
+            lambda x: jaxgemm.gemm(x, x, implementation="cublas"),
+            "implementation must be one of None",
+        ),
+        (
+            TypeError,
+            lambda x: jaxgemm.gemm(x, x, preferred_element_type=jnp.int32),
+            "preferred_element_type must be bfloat16, float16 or float32, got int32",
+        ),
+    ],
+)
+def test_errors(lhs, error, call, message):
+    with pytest.raises(error, match=message):
+        call(lhs)
+
+
+@pytest.mark.skipif("mosaic" in available_implementations(), reason="this machine has a Hopper GPU")
+@pytest.mark.parametrize("name", ["mosaic", "triton"])
+def test_kernels_say_why_they_cannot_run_here(lhs, name):
+    for call in (jaxgemm.gemm, jax.jit(jaxgemm.gemm, static_argnames="implementation")):
+        with pytest.raises(NotImplementedError, match=f"implementation='{name}' cannot serve this call: "):
+            call(lhs, lhs, implementation=name)

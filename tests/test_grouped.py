@@ -1,0 +1,259 @@
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import (
+    E4M3,
+    ROW,
+    SQUARE,
+    activate,
+    assert_close,
+    available_implementations,
+    dequantized,
+    group_rows,
+    operands,
+    random,
+)
+
+import jaxgemm
+
+M, N, K, GROUPS = 150, 40, 200, 5
+SIZES = [[30] * 5, [0, 0, 150, 0, 0], [1, 128, 1, 0, 20], [7, 0, 33, 2, 0], [0] * 5, [-4, 10, 200, 3, -1]]
+f32 = {"preferred_element_type": jnp.float32}
+
+
+@functools.partial(jax.jit, static_argnames=("activation", "implementation"))
+def grouped(lhs, rhs, sizes, bias=None, activation=None, implementation=None):
+    return jaxgemm.grouped_gemm(
+        lhs, rhs, sizes, bias, activation=activation, implementation=implementation, **f32
+    )
+
+
+def grouped_oracle(lhs, rhs, sizes, bias=None, activation=None):
+    x, w = dequantized(lhs), dequantized(rhs)
+    out = np.zeros((lhs.rows, rhs.rows))
+    for group, start, end in group_rows(sizes, lhs.rows):
+        product = x[start:end] @ w[group].T
+        out[start:end] = activate(product if bias is None else product + np.asarray(bias)[group], activation)
+    return out
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("with_bias, activation", [(False, None), (True, "silu")])
+def test_contiguous_groups(sizes, with_bias, activation):
+    lhs, rhs = operands(M, N, K, groups=(GROUPS,))
+    bias = random(3, GROUPS, N) if with_bias else None
+    out = grouped(lhs, rhs, jnp.array(sizes), bias, activation)
+    assert_close(out, grouped_oracle(lhs, rhs, sizes, bias, activation))
+    assert not np.asarray(out)[sum(max(s, 0) for s in sizes) :].any()
+
+
+@settings(deadline=None, max_examples=25)
+@given(sizes=st.lists(st.integers(0, 60), min_size=GROUPS, max_size=GROUPS))
+def test_any_sizes(sizes):
+    lhs, rhs = operands(M, N, K, groups=(GROUPS,))
+    assert_close(grouped(lhs, rhs, jnp.array(sizes)), grouped_oracle(lhs, rhs, sizes))
+
+
+def test_every_pattern_of_empty_groups():
+    lhs, rhs = operands(M, N, K, groups=(GROUPS,))
+    for pattern in itertools.product([0, 29], repeat=GROUPS):
+        assert_close(grouped(lhs, rhs, jnp.array(pattern)), grouped_oracle(lhs, rhs, pattern))
+
+
+def test_agrees_with_ragged_dot():
+    """On integers both are exact: the semantics must be those of `jax.lax.ragged_dot`, rows of no group included."""
+    x = jax.random.randint(jax.random.key(0), (M, K), -4, 5).astype(jnp.float32)
+    w = jax.random.randint(jax.random.key(1), (GROUPS, K, N), -4, 5).astype(jnp.float32)
+    one = {"dtype": E4M3, "power_of_two": True}
+    lhs, rhs = jaxgemm.quantize(x, **one), jaxgemm.quantize_transposed(w, SQUARE, **one)
+    for sizes in SIZES[:4]:
+        expected = jax.lax.ragged_dot(x, w, jnp.array(sizes), precision="highest")
+        np.testing.assert_array_equal(grouped(lhs, rhs, jnp.array(sizes)), expected)
+
+
+def test_rows_of_no_group_may_hold_nan():
+    x = random(0, M, K)
+    lhs, rhs = operands(M, N, K, groups=(GROUPS,))
+    poisoned = jaxgemm.quantize(x.at[42:].set(jnp.nan))
+    sizes = jnp.array(SIZES[3])
+    np.testing.assert_array_equal(grouped(poisoned, rhs, sizes), grouped(lhs, rhs, sizes))
+
+
+@functools.partial(jax.jit, static_argnames=("activation",))
+def masked(lhs, rhs, masked_m, bias=None, activation=None):
+    return jaxgemm.masked_grouped_gemm(lhs, rhs, masked_m, bias, activation=activation, expected_m=9, **f32)
+
+
+def masked_operands(max_m=17, rhs_block=SQUARE):
+    lhs = jaxgemm.quantize(random(0, GROUPS, max_m, K))
+    return lhs, jaxgemm.quantize(random(1, GROUPS, N, K), rhs_block)
+
+
+@pytest.mark.parametrize("counts", [[17] * 5, [0] * 5, [0, 1, 17, 8, 3], [-5, 100, 2, 0, 17]])
+@pytest.mark.parametrize("with_bias, activation", [(False, None), (True, "gelu")])
+@pytest.mark.parametrize("rhs_block", [SQUARE, ROW])
+def test_masked_groups(counts, with_bias, activation, rhs_block):
+    lhs, rhs = masked_operands(rhs_block=rhs_block)
+    bias = random(3, GROUPS, N) if with_bias else None
+    product = dequantized(lhs) @ dequantized(rhs).transpose(0, 2, 1)
+    expected = activate(product if bias is None else product + np.asarray(bias)[:, None], activation)
+    out = np.asarray(masked(lhs, rhs, jnp.array(counts), bias, activation))
+    for group, count in enumerate(counts):
+        expected[group, max(count, 0) :] = 0
+        assert not out[group, max(count, 0) :].any()
+    assert_close(out, expected)
+
+
+def test_masked_rows_may_hold_nan():
+    lhs, rhs = masked_operands()
+    counts = jnp.array([0, 1, 17, 8, 3])
+    x = jnp.where((jnp.arange(17) < counts[:, None])[..., None], random(0, GROUPS, 17, K), jnp.nan)
+    np.testing.assert_array_equal(masked(jaxgemm.quantize(x), rhs, counts), masked(lhs, rhs, counts))
+
+
+def test_unspecified_fill_leaves_valid_rows_alone():
+    lhs, rhs = masked_operands()
+    counts = [0, 1, 17, 8, 3]
+    zero = jaxgemm.masked_grouped_gemm(lhs, rhs, jnp.array(counts))
+    out = jaxgemm.masked_grouped_gemm(lhs, rhs, jnp.array(counts), fill="unspecified")
+    for group, count in enumerate(counts):
+        np.testing.assert_array_equal(
+            np.asarray(out[group, :count], np.float32), np.asarray(zero[group, :count], np.float32)
+        )
+
+
+@jax.jit
+def k_grouped(x, dout, sizes):
+    lhs, rhs = jaxgemm.quantize_grouped(x, sizes), jaxgemm.quantize_grouped(dout, sizes)
+    return jaxgemm.k_grouped_gemm(lhs, rhs, sizes), lhs, rhs
+
+
+def k_grouped_oracle(lhs, rhs, sizes, rows):
+    x, dout = dequantized(lhs), dequantized(rhs)
+    out, start = np.zeros((len(sizes), lhs.rows, rhs.rows)), 0
+    for group, first, last in group_rows(sizes, rows):
+        out[group] = x[:, start : start + last - first] @ dout[:, start : start + last - first].T
+        start += -(-(last - first) // 128) * 128
+    return out
+
+
+@pytest.mark.parametrize("sizes", [*SIZES, [128, 0, 0, 0, 22], [0, 0, 0, 0, 128]])
+def test_k_grouped(sizes):
+    x, dout = random(0, M, 70), random(1, M, 33)
+    out, lhs, rhs = k_grouped(x, dout, jnp.array(sizes))
+    assert out.dtype == jnp.float32
+    assert_close(out, k_grouped_oracle(lhs, rhs, sizes, M))
+    for group, start, end in group_rows(sizes, M):
+        if start == end:
+            assert not np.asarray(out[group]).any()
+
+
+def test_k_grouped_with_128_tokens_and_a_zero_channel():
+    """DeepGEMM issue 365: an expert of exactly 128 tokens, one channel of which is zero."""
+    x, dout = random(0, 256, 70).at[:128, 5].set(0), random(1, 256, 33).at[:128, 7].set(0)
+    sizes = [128, 128]
+    out, lhs, rhs = k_grouped(x, dout, jnp.array(sizes))
+    assert_close(out, k_grouped_oracle(lhs, rhs, sizes, 256))
+    assert not np.asarray(out[0, 5]).any() and not np.asarray(out[0, :, 7]).any()
+    for group in range(2):
+        rows = slice(128 * group, 128 * group + 128)
+        alone = jaxgemm.gemm(jaxgemm.quantize(x[rows].T), jaxgemm.quantize(dout[rows].T), **f32)
+        assert_close(out[group], alone)
+
+
+@settings(deadline=None, max_examples=20)
+@given(sizes=st.lists(st.integers(0, 60), min_size=GROUPS, max_size=GROUPS))
+def test_k_grouped_of_any_sizes(sizes):
+    x, dout = random(0, M, 70), random(1, M, 33)
+    out, lhs, rhs = k_grouped(x, dout, jnp.array(sizes))
+    assert_close(out, k_grouped_oracle(lhs, rhs, sizes, M))
+
+
+def test_k_grouped_takes_unpadded_segments_too():
+    """Operands that `quantize` made have their groups one after the other, and blocks may straddle them."""
+    lhs, rhs = operands(30, 20, 300, rhs_block=ROW)
+    sizes, start = [100, 0, 57, 143], 0
+    out = jaxgemm.k_grouped_gemm(lhs, rhs, jnp.array(sizes))
+    for group, size in enumerate(sizes):
+        cols = slice(start, start + size)
+        assert_close(out[group], dequantized(lhs)[:, cols] @ dequantized(rhs)[:, cols].T)
+        start += size
+
+
+def test_k_grouped_accumulates():
+    x, dout, sizes = random(0, M, 70), random(1, M, 33), jnp.array(SIZES[3])
+    out, lhs, rhs = k_grouped(x, dout, sizes)
+    before = random(2, GROUPS, 70, 33)
+    step = jax.jit(lambda total: jaxgemm.k_grouped_gemm(lhs, rhs, sizes, accumulate=total), donate_argnums=0)
+    np.testing.assert_allclose(step(before.copy()), before + out, rtol=1e-5, atol=1e-4)
+
+
+def test_group_sizes_do_not_recompile():
+    lhs, rhs = operands(M, N, K, groups=(GROUPS,))
+    traces = []
+
+    @jax.jit
+    def step(lhs, rhs, sizes):
+        traces.append(1)
+        return jaxgemm.grouped_gemm(lhs, rhs, sizes)
+
+    for sizes in SIZES:
+        step(lhs, rhs, jnp.array(sizes))
+    assert len(traces) == 1
+
+
+def lhs_rhs():
+    return operands(12, 9, 40, groups=(3,))
+
+
+@pytest.mark.parametrize(
+    "error, call, message",
+    [
+        (ValueError, lambda x, w: jaxgemm.grouped_gemm(x, w, jnp.ones(2, int)), r"must be \[g\] = \[3\], got shape \[2\]"),
+        (ValueError, lambda x, w: jaxgemm.grouped_gemm(x, w, jnp.ones((3, 1), int)), r"group_sizes must be \[g\] = \[3\]"),
+        (TypeError, lambda x, w: jaxgemm.grouped_gemm(x, w, jnp.ones(3)), "group_sizes must be an integer array, got float"),
+        (TypeError, lambda x, w: jaxgemm.grouped_gemm(x, w, [4, 4, 4]), "group_sizes must be an integer array, got list"),
+        (ValueError, lambda x, w: jaxgemm.grouped_gemm(x, w, jnp.ones(3, int), jnp.ones(9)), r"bias must be \[g, n\]"),
+        (ValueError, lambda x, w: jaxgemm.grouped_gemm(w, w, jnp.ones(3, int)), r"lhs must be \[m, k\], got shape \[3, 9, 40\]"),
+        (ValueError, lambda x, w: jaxgemm.masked_grouped_gemm(x, w, jnp.ones(3, int)), r"lhs must be \[g, m, k\]"),
+        (ValueError, lambda x, w: jaxgemm.masked_grouped_gemm(w, w, jnp.ones(2, int)), r"masked_m must be \[g\] = \[3\]"),
+        (ValueError, lambda x, w: jaxgemm.masked_grouped_gemm(w, w, jnp.ones(3, int), fill="nan"), "fill must be one of 'zero'"),
+        (ValueError, lambda x, w: jaxgemm.masked_grouped_gemm(w, w, jnp.ones(3, int), expected_m=-1), "expected_m must be"),
+        (ValueError, lambda x, w: jaxgemm.k_grouped_gemm(x, w, jnp.ones(3, int)), r"rhs must be \[n, k\]"),
+        (
+            TypeError,
+            lambda x, w: jaxgemm.k_grouped_gemm(x, x, jnp.ones(3, int), accumulate=jnp.ones((3, 12, 12), jnp.bfloat16)),
+            "accumulate must be float32, got bfloat16",
+        ),
+        (
+            ValueError,
+            lambda x, w: jaxgemm.k_grouped_gemm(x, x, jnp.ones(3, int), accumulate=jnp.ones((12, 12))),
+            r"accumulate must be \[g, m, n\] = \[3, 12, 12\], got \[12, 12\]",
+        ),
+        (
+            ValueError,
+            lambda x, w: jaxgemm.k_grouped_gemm(
+                jaxgemm.quantize(jnp.ones((4, 512))), jaxgemm.quantize_grouped(jnp.ones((258, 4)), jnp.ones(2, int)),
+                jnp.ones(2, int),
+            ),
+            "lhs and rhs must lay their groups out alike",
+        ),
+    ],
+)  # fmt: skip
+def test_errors(error, call, message):
+    with pytest.raises(error, match=message):
+        call(*lhs_rhs())
+
+
+def test_implementations_agree():
+    """Whatever else this machine has gives what "xla" gives."""
+    lhs, rhs = operands(M, N, K, groups=(GROUPS,))
+    for implementation in available_implementations():
+        out = jaxgemm.grouped_gemm(lhs, rhs, jnp.array(SIZES[3]), implementation=implementation, **f32)
+        assert_close(out, grouped_oracle(lhs, rhs, SIZES[3]))
