@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import jaxprs_in_params
 
 LOOSE = 0.06
 """Bound on a relative error in norm. A product of e4m3 operands has about 0.037: both round by up to 2^-4."""
@@ -31,7 +32,7 @@ def primitive_names(function, *args):
     def visit(jaxpr):
         for equation in jaxpr.eqns:
             names.append(equation.primitive.name)
-            for inner in jax.core.jaxprs_in_params(equation.params):
+            for inner in jaxprs_in_params(equation.params):
                 visit(inner)
 
     visit(jax.make_jaxpr(function)(*args).jaxpr)
