@@ -26,8 +26,8 @@ from lm.text import load_standard_library
 from lm.training import Settings, train
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "demo": dict(steps=300, batch=16, seq=128, d_model=128, layers=3, heads=4, d_ff=512, lr=3e-3),
-    "100m": dict(steps=2000, batch=16, seq=1024, d_model=768, layers=12, heads=12, d_ff=3072, lr=6e-4),
+    "demo": dict(steps=400, batch=16, seq=64, d_model=128, layers=2, heads=4, d_ff=512, lr=4e-3),
+    "100m": dict(steps=2000, batch=16, seq=1024, d_model=768, layers=14, heads=12, d_ff=3072, lr=6e-4),
 }
 SHORT_NAMES = {"bfloat16": "bf16", "float32": "f32"}
 
@@ -42,6 +42,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=SHORT_NAMES, help="default: bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument(
+        "--attention", choices=("xla", "cudnn"), default="xla", help="cudnn: bfloat16 on a GPU"
+    )
     parser.add_argument("--only", choices=("fp8", *SHORT_NAMES.values()), help="run one of the two")
     parser.add_argument("--out", type=Path, default=Path("runs/train_lm"))
     parser.add_argument("--checkpoint-every", type=int, default=100, metavar="STEPS")

@@ -4,7 +4,7 @@ Embedding, normalisation, attention and head stay in high precision in both, as 
 3.3.1. The parameters are the same in both, so one seed starts both at the same point.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,8 @@ class Transformer(nn.Module):
 
     Attributes:
         num_layers, num_heads, d_model, d_ff: Sizes.
-        max_seq: Longest sequence that the learned positions serve.
         dtype: Dtype of the computation; parameters are float32.
+        attention: Implementation of `jax.nn.dot_product_attention`.
         fp8: Whether the linear layers of the blocks multiply in FP8.
     """
 
@@ -29,16 +29,14 @@ class Transformer(nn.Module):
     num_heads: int
     d_model: int
     d_ff: int
-    max_seq: int
     dtype: jnp.dtype
+    attention: Literal["xla", "cudnn"]
     fp8: bool
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Runs the blocks between the embedding and the head."""
-        byte_embedding = nn.Embed(VOCABULARY, self.d_model, dtype=self.dtype, name="bytes")
-        position_embedding = nn.Embed(self.max_seq, self.d_model, dtype=self.dtype, name="positions")
-        x = byte_embedding(tokens.astype(jnp.int32)) + position_embedding(jnp.arange(tokens.shape[1]))
+        x = nn.Embed(VOCABULARY, self.d_model, dtype=self.dtype, name="embedding")(tokens.astype(jnp.int32))
         for layer in range(self.num_layers):
             x += self._attention(x, f"attention_{layer}")
             x += self._feed_forward(x, f"feed_forward_{layer}")
@@ -50,7 +48,9 @@ class Transformer(nn.Module):
         qkv = self._linear(x, 3 * self.d_model, f"{name}_qkv")
         heads = qkv.reshape(*x.shape[:2], 3, self.num_heads, -1)
         query, key, value = (heads[:, :, i] for i in range(3))
-        mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+        mixed = jax.nn.dot_product_attention(
+            rotate(query), rotate(key), value, is_causal=True, implementation=self.attention
+        )
         return self._linear(mixed.reshape(x.shape), self.d_model, f"{name}_out")
 
     def _feed_forward(self, x: jax.Array, name: str) -> jax.Array:
@@ -63,6 +63,20 @@ class Transformer(nn.Module):
             return fp8_nn.Dense(features, dtype=self.dtype, activation=activation, name=name)(x)
         y = nn.Dense(features, dtype=self.dtype, name=name)(x)
         return nn.gelu(y) if activation == "gelu" else y
+
+
+def rotate(x: jax.Array) -> jax.Array:
+    """Turns pairs of features by angles that grow with the position (rotary embedding, arXiv 2104.09864).
+
+    Args:
+        x: `[batch, seq, heads, size]`, size even.
+    """
+    seq, half = x.shape[1], x.shape[-1] // 2
+    frequencies = 10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = jnp.arange(seq, dtype=jnp.float32)[:, None, None] * frequencies
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    left, right = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    return jnp.concatenate([left * cos - right * sin, left * sin + right * cos], axis=-1).astype(x.dtype)
 
 
 def cross_entropy(model: Transformer, params: dict, windows: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,7 @@ class Settings:
     lr: float
     seed: int
     dtype: str
+    attention: Literal["xla", "cudnn"]
     checkpoint_every: int
     evaluate_every: int
 
@@ -81,8 +82,8 @@ def make_model(settings: Settings, fp8: bool) -> Transformer:
         num_heads=settings.heads,
         d_model=settings.d_model,
         d_ff=settings.d_ff,
-        max_seq=settings.seq,
         dtype=jnp.dtype(settings.dtype),
+        attention=settings.attention,
         fp8=fp8,
     )
 
