@@ -79,7 +79,7 @@ def route(router: jax.Array, x: jax.Array, top_k: int) -> Routing:
 
 
 def moe_layer(params: Params, x: jax.Array, top_k: int) -> tuple[jax.Array, Routing]:
-    """Sends tokens `x` [tokens, d_model] through their experts; returns the like, and how they were routed."""
+    """Sends tokens `x` [tokens, d_model] through their experts; returns the like, and their routing."""
     routing = route(params.router, x, top_k)
     rows = x[routing.source]
     hidden = jaxgemm.grouped_fp8_dot(rows, params.up, routing.group_sizes, params.up_bias, activation="silu")
