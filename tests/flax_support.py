@@ -1,11 +1,12 @@
-"""What the tests of both Flax front ends share: inputs, and a comparison that also fails if nothing ran in FP8."""
+"""What the tests of Linen and NNX share: inputs, and a comparison that fails also if nothing ran in FP8."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import jaxprs_in_params
 
 LOOSE = 0.06
-"""Bound on a relative error in norm: a product of two e4m3 operands has about 0.037 (both round by 2^-4 at most)."""
+"""Bound on a relative error in norm. A product of e4m3 operands has about 0.037: both round by up to 2^-4."""
 
 
 def make_input(*shape, dtype=jnp.float32, seed=0):
@@ -31,7 +32,7 @@ def primitive_names(function, *args):
     def visit(jaxpr):
         for equation in jaxpr.eqns:
             names.append(equation.primitive.name)
-            for inner in jax.core.jaxprs_in_params(equation.params):
+            for inner in jaxprs_in_params(equation.params):
                 visit(inner)
 
     visit(jax.make_jaxpr(function)(*args).jaxpr)

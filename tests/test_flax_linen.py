@@ -183,5 +183,6 @@ def test_interceptor_leaves_a_subclass_with_its_own_call():
 
     x = make_input(6, 32)
     variables = Doubled(8).init(jax.random.key(0), x)
+    expected = Doubled(8).apply(variables, x)
     with nn.intercept_methods(fp8_nn.fp8_interceptor()):
-        np.testing.assert_array_equal(Doubled(8).apply(variables, x), 2 * nn.Dense(8).apply(variables, x))
+        np.testing.assert_array_equal(Doubled(8).apply(variables, x), expected)

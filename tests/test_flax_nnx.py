@@ -136,9 +136,8 @@ def test_convert_switches_a_model_in_place_and_leaves_what_the_filter_refuses():
     jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(model)), before)
     assert type(model.head) is nnx.Linear and type(model.hidden[1]) is fp8_nnx.Linear
     assert model.again is model.hidden[0]
-    assert (
-        primitive_names(model, x).count("fp8_gemm") == 7
-    )  # query, key, value, out, two hidden layers, one of them twice
+    # Query, key, value, out, and the hidden layers, one of them twice.
+    assert primitive_names(model, x).count("fp8_gemm") == 7
     assert_trees_near(nnx.jit(lambda model, x: model(x))(model, x), expected, 0.1)
 
 

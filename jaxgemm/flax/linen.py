@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from jaxgemm.dot import DEEPSEEK, Recipe, fp8_dot, fp8_dot_general
+from jaxgemm.dot import fp8_dot, fp8_dot_general
+from jaxgemm.recipe import DEEPSEEK, Recipe
 
 __all__ = ["Dense", "fp8_interceptor"]
 
@@ -26,6 +27,7 @@ class Dense(nn.Dense):
     All fields of `flax.linen.Dense` are here, with the same defaults and the same parameters: `kernel`
     [inputs' last axis, features] and `bias` [features], both `param_dtype`. `precision` has no meaning
     for FP8 operands and is ignored. A `dot_general` or `dot_general_cls` replaces the FP8 product.
+    The kernel is quantised from `param_dtype` and its gradient has that dtype, also if `dtype` is narrower.
 
     Attributes:
         activation: None, "relu", "gelu" or "silu", applied to the float32 accumulator after the bias.
@@ -140,8 +142,11 @@ def _fused_dense(layer: nn.Dense, inputs: Array, **fp8_dot_keywords: Any) -> Arr
     bias = None
     if layer.use_bias:
         bias = layer.param("bias", layer.bias_init, (layer.features,), layer.param_dtype)
-    inputs, kernel, bias = layer.promote_dtype(inputs, kernel, bias, dtype=layer.dtype)
-    return fp8_dot(inputs, kernel, bias, **fp8_dot_keywords)
+    operands: Any = layer.promote_dtype(inputs, kernel, bias, dtype=layer.dtype)
+    if layer.promote_dtype is nn.Dense.promote_dtype:
+        # Rounding the kernel to a narrower dtype before FP8 would only lose bits, of its gradient too.
+        operands = (operands[0], kernel, bias)
+    return fp8_dot(*operands, **fp8_dot_keywords)
 
 
 def _call_with_dot_general(

@@ -17,7 +17,8 @@ from flax.nnx.nn.linear import default_bias_init, default_kernel_init
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from jaxgemm.dot import DEEPSEEK, Recipe, fp8_dot, fp8_dot_general
+from jaxgemm.dot import fp8_dot, fp8_dot_general
+from jaxgemm.recipe import DEEPSEEK, Recipe
 
 __all__ = ["Linear", "convert"]
 
@@ -32,7 +33,8 @@ class Linear(nnx.Linear):
 
     All arguments of `flax.nnx.Linear` are here, with the same defaults and the same parameters: `kernel`
     [in_features, out_features] and `bias` [out_features], both `param_dtype`. `precision` has no meaning
-    for FP8 operands and is ignored. A `dot_general` replaces the FP8 product.
+    for FP8 operands and is ignored. A `dot_general` replaces the FP8 product. The kernel is quantised from
+    `param_dtype` and its gradient has that dtype, also if `dtype` is narrower.
 
     Args:
         in_features: Size k of the inputs' last axis.
@@ -101,7 +103,7 @@ class Linear(nnx.Linear):
             raise ValueError(
                 f"activation must be None where dot_general replaces the FP8 product, got {activation!r}"
             )
-        self.dot_general = dot_general
+        self.dot_general = dot_general  # type: ignore[assignment]  # None here means FP8
         self.activation = activation
         self.recipe = recipe
         self.implementation = implementation
@@ -120,16 +122,17 @@ class Linear(nnx.Linear):
             return super().__call__(inputs, out_sharding)
         kernel = self.kernel[...]
         bias = self.bias[...] if self.bias is not None else None
-        inputs, kernel, bias = self.promote_dtype((inputs, kernel, bias), dtype=self.dtype)
+        operands = self.promote_dtype((inputs, kernel, bias), dtype=self.dtype)
 
         # Flax adds the bias to a product of the preferred dtype, and the sum promotes.
         out_dtype = self.preferred_element_type
         if out_dtype is not None and bias is not None:
-            out_dtype = jnp.result_type(out_dtype, bias.dtype)
+            out_dtype = jnp.result_type(out_dtype, operands[2].dtype)
+        if self.promote_dtype is dtypes.promote_dtype:
+            # Rounding the kernel to a narrower dtype before FP8 would only lose bits, of its gradient too.
+            operands = (operands[0], kernel, bias)
         out = fp8_dot(
-            inputs,
-            kernel,
-            bias,
+            *operands,
             preferred_element_type=out_dtype,
             activation=self.activation,
             recipe=self.recipe,
@@ -185,11 +188,17 @@ def convert(
         if isinstance(layer, nnx.LinearGeneral):
             layer.dot_general = _dot_general(recipe, implementation)
             continue
-        # The layer keeps its identity, so every place in the model that refers to it sees the change.
-        layer.__class__ = Linear
-        layer.dot_general, layer.activation = None, None
-        layer.recipe, layer.implementation = recipe, implementation
+        _become_fp8(layer, recipe, implementation)
     return model
+
+
+def _become_fp8(layer: Any, recipe: Recipe, implementation: str | None) -> None:
+    """Makes a Linear of this module out of Flax's, in place: all that refer to it see the change."""
+    layer.__class__ = Linear
+    layer.dot_general = None
+    layer.activation = None
+    layer.recipe = recipe
+    layer.implementation = implementation
 
 
 def _is_plain(layer: Any) -> bool:

@@ -1,0 +1,246 @@
+"""The training loop: one compiled step, orbax checkpoints, and what was seen on the way.
+
+A run is a function of its settings: batch number i is drawn from a key made of the seed and i, so that a run
+that was killed goes on from its last checkpoint as if nothing had happened.
+"""
+
+import hashlib
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from tqdm import tqdm
+
+from lm.model import Transformer, cross_entropy
+from lm.text import Text, even_windows, random_windows
+
+EVALUATION_WINDOWS = 64
+SYNC_EVERY = 10
+"""Steps handed to the device before the host waits for their losses."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything a run depends on. Two runs with equal settings on one machine are equal to the last bit."""
+
+    steps: int
+    batch: int
+    seq: int
+    d_model: int
+    layers: int
+    heads: int
+    d_ff: int
+    lr: float
+    seed: int
+    dtype: str
+    attention: Literal["xla", "cudnn"]
+    checkpoint_every: int
+    evaluate_every: int
+
+
+class State(NamedTuple):
+    """What a step turns into the next: float32 parameters and the optimizer's moments."""
+
+    params: Any
+    optimizer: Any
+
+
+@dataclass
+class History:
+    """What a run saw: a training loss for every step, `(step, loss)` pairs of validation, and times."""
+
+    train: list[float] = field(default_factory=list)
+    validation: list[tuple[int, float]] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its history and what it cost."""
+
+    name: str
+    history: History
+    num_parameters: int
+    parameters_sha256: str
+    compile_seconds: float
+    step_bytes: int
+    device_peak_bytes: int | None
+
+
+def make_model(settings: Settings, fp8: bool) -> Transformer:
+    """The model of these settings; float32 parameters, computing in `settings.dtype`."""
+    return Transformer(
+        num_layers=settings.layers,
+        num_heads=settings.heads,
+        d_model=settings.d_model,
+        d_ff=settings.d_ff,
+        dtype=jnp.dtype(settings.dtype),
+        attention=settings.attention,
+        fp8=fp8,
+    )
+
+
+def make_optimizer(settings: Settings) -> optax.GradientTransformation:
+    """AdamW under a linear warm-up and a cosine decay to a tenth, with the gradient's norm clipped at 1."""
+    warmup = min(max(settings.steps // 10, 1), 500)
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, settings.lr, warmup, max(settings.steps, warmup + 1), settings.lr / 10
+    )
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95, weight_decay=0.1))
+
+
+def train(
+    name: str, settings: Settings, texts: tuple[Text, Text], directory: Path, *, fp8: bool, resume: bool
+) -> Run:
+    """Trains one model from the seed, or from its last checkpoint, to the last step.
+
+    Args:
+        name: Shown beside the progress bar.
+        settings: Sizes and seed.
+        texts: Train and validation text.
+        directory: Where the checkpoints are. Without `resume`, those of an earlier run are removed.
+        fp8: Whether the linear layers multiply in FP8.
+        resume: Whether to go on from the last checkpoint, if there is one.
+
+    Returns:
+        The history from the first step on, also of the part before a kill.
+    """
+    model, optimizer = make_model(settings, fp8), make_optimizer(settings)
+    train_data, validation_data = (jnp.asarray(text.data) for text in texts)
+    state = _initial_state(model, optimizer, settings)
+
+    started = time.perf_counter()
+    step_function = _compile_step(model, optimizer, settings, state, train_data)
+    compile_seconds = time.perf_counter() - started
+    windows = even_windows(validation_data, EVALUATION_WINDOWS, settings.seq)
+    evaluate = jax.jit(lambda params: cross_entropy(model, params, windows))
+
+    if not resume:
+        shutil.rmtree(directory, ignore_errors=True)
+    with _checkpoint_manager(directory) as manager:
+        state, history = _restore(manager, state)
+        state = _run_steps(name, settings, step_function, evaluate, train_data, state, history, manager)
+
+    memory_stats = jax.devices()[0].memory_stats() or {}
+    return Run(
+        name=name,
+        history=history,
+        num_parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        parameters_sha256=_digest(state.params),
+        compile_seconds=compile_seconds,
+        step_bytes=_program_bytes(step_function),
+        device_peak_bytes=memory_stats.get("peak_bytes_in_use"),
+    )
+
+
+def _initial_state(model: Transformer, optimizer: optax.GradientTransformation, settings: Settings) -> State:
+    tokens = jnp.zeros((1, settings.seq), jnp.uint8)
+    params = jax.jit(model.init)(jax.random.key(settings.seed), tokens)["params"]
+    return State(params, optimizer.init(params))
+
+
+def _compile_step(
+    model: Transformer,
+    optimizer: optax.GradientTransformation,
+    settings: Settings,
+    state: State,
+    data: jax.Array,
+) -> Any:
+    """Compiles `(state, data, step) -> (state, loss)` ahead of the steps, so that no step's time has it."""
+
+    def step_function(state: State, data: jax.Array, step: jax.Array) -> tuple[State, jax.Array]:
+        key = jax.random.fold_in(jax.random.key(settings.seed + 1), step)
+        windows = random_windows(data, key, settings.batch, settings.seq)
+        loss_and_gradient = jax.value_and_grad(lambda params: cross_entropy(model, params, windows))
+        loss, gradient = loss_and_gradient(state.params)
+        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
+        return State(optax.apply_updates(state.params, updates), optimizer_state), loss
+
+    return jax.jit(step_function, donate_argnums=0).lower(state, data, jnp.int32(0)).compile()
+
+
+def _run_steps(
+    name: str,
+    settings: Settings,
+    step_function: Callable[..., tuple[State, jax.Array]],
+    evaluate: Callable[[Any], jax.Array],
+    data: jax.Array,
+    state: State,
+    history: History,
+    manager: ocp.CheckpointManager,
+) -> State:
+    """Takes the steps that `history` lacks, and adds to it."""
+    first = len(history.train)
+    progress = tqdm(total=settings.steps, initial=first, desc=f"{name:>5}", unit="step", mininterval=1.0)
+    pending: list[jax.Array] = []
+    started = time.perf_counter()
+    for step in range(first, settings.steps):
+        state, loss = step_function(state, data, jnp.int32(step))
+        pending.append(loss)
+        done = step + 1
+        last = done == settings.steps
+        is_evaluation = done % settings.evaluate_every == 0 or last
+        is_checkpoint = done % settings.checkpoint_every == 0 or last
+        if not (is_evaluation or is_checkpoint or len(pending) == SYNC_EVERY):
+            continue
+
+        # Wait for the losses of the steps since the last wait: until then the device never idled.
+        history.train += [float(value) for value in jax.device_get(pending)]
+        history.step_seconds.append((time.perf_counter() - started) / len(pending))
+        progress.update(len(pending))
+        progress.set_postfix(loss=f"{history.train[-1]:.3f}", refresh=False)
+        pending.clear()
+        if is_evaluation:
+            history.validation.append((done, float(evaluate(state.params))))
+        if is_checkpoint:
+            _save(manager, done, state, history)
+        started = time.perf_counter()
+    progress.close()
+    return state
+
+
+def _checkpoint_manager(directory: Path) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
+    return ocp.CheckpointManager(directory.absolute(), options=options)
+
+
+def _save(manager: ocp.CheckpointManager, step: int, state: State, history: History) -> None:
+    """Writes state and history as one checkpoint; a kill halfway leaves the one before it."""
+    seen = {"train": history.train, "validation": history.validation, "step_seconds": history.step_seconds}
+    items = ocp.args.Composite(state=ocp.args.StandardSave(state), history=ocp.args.JsonSave(seen))
+    manager.save(step, args=items)
+
+
+def _restore(manager: ocp.CheckpointManager, state: State) -> tuple[State, History]:
+    """Reads the last checkpoint into the shapes and placement of `state`; without one, `state` itself."""
+    step = manager.latest_step()
+    if step is None:
+        return state, History()
+    items = ocp.args.Composite(state=ocp.args.StandardRestore(state), history=ocp.args.JsonRestore())
+    restored = manager.restore(step, args=items)
+    seen = restored["history"]
+    validation = [(int(step), float(loss)) for step, loss in seen["validation"]]
+    return restored["state"], History(list(seen["train"]), validation, list(seen["step_seconds"]))
+
+
+def _program_bytes(compiled: Any) -> int:
+    """Memory that one step needs while it runs, by the compiler's account: state, text and temporaries."""
+    sizes = compiled.memory_analysis()
+    kept = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return int(kept + sizes.temp_size_in_bytes)
+
+
+def _digest(params: Any) -> str:
+    """A fingerprint of all parameters: equal for runs that are equal to the last bit."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
