@@ -76,9 +76,7 @@ def run_gemm(problem: GemmProblem, platform: str, implementation: str | None, *o
     return _run_xla(problem, *operands)
 
 
-def run_quantize(
-    problem: QuantizeProblem, platform: str, implementation: str | None, x: jax.Array
-) -> list[jax.Array]:
+def run_quantize(problem: QuantizeProblem, platform: str, implementation: str | None, x: jax.Array) -> list[jax.Array]:
     """Quantises with the implementation chosen for the platform."""
     choose(problem, platform, implementation)
     return reference.quantize(x, problem)

@@ -153,9 +153,7 @@ def masked_grouped_fp8_dot(
     check_float_array("lhs", lhs, ("g", "m", "k"))
     num_groups, k, n = _check_rhs(rhs, ("g", "k", "n"))
     if (lhs.shape[0], lhs.shape[2]) != (num_groups, k):
-        raise ValueError(
-            f"lhs must be [g, m, k] = [{num_groups}, m, {k}] to match rhs, got {list(lhs.shape)}"
-        )
+        raise ValueError(f"lhs must be [g, m, k] = [{num_groups}, m, {k}] to match rhs, got {list(lhs.shape)}")
     check_sizes("masked_m", masked_m, num_groups)
     check_bias(bias, (num_groups, n))
     options = _options("masked", lhs, rhs, bias, preferred_element_type, activation, recipe, implementation)
@@ -205,9 +203,7 @@ def fp8_dot_general(
     lhs, rhs = _as_array(lhs), _as_array(rhs)
     check_float_array("lhs", lhs, ("...",))
     check_float_array("rhs", rhs, ("...",))
-    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = _check_dimensions(
-        lhs.shape, rhs.shape, dimension_numbers
-    )
+    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = _check_dimensions(lhs.shape, rhs.shape, dimension_numbers)
     lhs_free = [d for d in range(lhs.ndim) if d not in (*lhs_contract, *lhs_batch)]
     rhs_free = [d for d in range(rhs.ndim) if d not in (*rhs_contract, *rhs_batch)]
     batch, m, k, n = (
@@ -293,9 +289,7 @@ def _check_rhs(rhs: Any, axes: tuple[str, ...]) -> tuple[int, ...]:
         check_float_array("rhs", rhs, axes)
         return rhs.shape
     if rhs.ndim != len(axes):
-        raise ValueError(
-            f"rhs must be a ScaledArray [{', '.join((*axes[:-2], 'n', 'k'))}], got {list(rhs.shape)}"
-        )
+        raise ValueError(f"rhs must be a ScaledArray [{', '.join((*axes[:-2], 'n', 'k'))}], got {list(rhs.shape)}")
     *lead, n, k = rhs.shape
     return (*lead, k, n)
 

@@ -79,9 +79,7 @@ def scaled_dot(options: DotOptions, lhs: Any, rhs: Any, bias: Any, sizes: Any) -
         `[m, n]`; masked `[g, m, n]`.
     """
     recipe = options.recipe
-    lhs_q = quantize(
-        _drop_masked(options, lhs, sizes), recipe.lhs_block_shape, **options.quantizer(recipe.lhs_dtype)
-    )
+    lhs_q = quantize(_drop_masked(options, lhs, sizes), recipe.lhs_block_shape, **options.quantizer(recipe.lhs_dtype))
     if not isinstance(rhs, ScaledArray):
         rhs = quantize_transposed(rhs, recipe.rhs_block_shape, **options.quantizer(recipe.rhs_dtype))
     return _row_product(options, lhs_q, rhs, sizes, options.out_dtype, bias, options.activation)
@@ -182,9 +180,7 @@ def _wgrad_bf16(options: DotOptions, lhs: jax.Array, dout: jax.Array, sizes: Any
     offsets = layout.group_offsets(sizes, lhs.shape[0])
     valid = (jnp.arange(lhs.shape[0]) < offsets[-1])[:, None]
     lhs, dout = (jnp.where(valid, x, jnp.zeros((), x.dtype)) for x in (lhs, dout))
-    return jax.lax.ragged_dot_general(
-        lhs, dout, jnp.diff(offsets), numbers, preferred_element_type=jnp.float32
-    )
+    return jax.lax.ragged_dot_general(lhs, dout, jnp.diff(offsets), numbers, preferred_element_type=jnp.float32)
 
 
 def _quantize_lhs(options: DotOptions, lhs: jax.Array, sizes: Any) -> tuple[ScaledArray, Any]:
@@ -199,21 +195,17 @@ def _quantize_lhs(options: DotOptions, lhs: jax.Array, sizes: Any) -> tuple[Scal
     return natural, _for_wgrad(options, lhs, sizes, keywords) if fp8_wgrad else lhs
 
 
-def _quantize_dout(
-    options: DotOptions, dout: jax.Array, sizes: Any
-) -> tuple[ScaledArray, Any, jax.Array | None]:
+def _quantize_dout(options: DotOptions, dout: jax.Array, sizes: Any) -> tuple[ScaledArray, Any, jax.Array | None]:
     """Returns dout as dgrad and as wgrad need it, and its sum over the rows if there is a bias."""
     recipe, keywords = options.recipe, options.quantizer(options.recipe.dout_dtype)
     fp8_wgrad = options.rhs_dtype is not None and recipe.wgrad_dtype == "fp8"
     has_bias = options.bias_dtype is not None
     if fp8_wgrad and options.kind != "grouped" and recipe.dout_block_shape[0] == 1:
-        natural, for_wgrad, dbias = quantize_both(
-            dout, recipe.dout_block_shape, column_sum=has_bias, **keywords
-        )
+        natural, for_wgrad, dbias = quantize_both(dout, recipe.dout_block_shape, column_sum=has_bias, **keywords)
         return natural, for_wgrad, dbias.astype(options.bias_dtype) if dbias is not None else None
     natural = quantize(dout, recipe.dout_block_shape, **keywords)
-    for_wgrad = _for_wgrad(options, dout, sizes, keywords) if fp8_wgrad else dout
-    return natural, for_wgrad, _sum_rows(options, dout, sizes) if has_bias else None
+    kept = _for_wgrad(options, dout, sizes, keywords) if fp8_wgrad else dout
+    return natural, kept, _sum_rows(options, dout, sizes) if has_bias else None
 
 
 def _for_wgrad(options: DotOptions, x: jax.Array, sizes: Any, keywords: dict[str, Any]) -> ScaledArray:

@@ -186,13 +186,9 @@ def k_grouped_gemm(
     )
     if accumulate is not None:
         if getattr(accumulate, "dtype", None) != jnp.float32:
-            raise TypeError(
-                f"accumulate must be float32, got {getattr(accumulate, 'dtype', type(accumulate))}"
-            )
+            raise TypeError(f"accumulate must be float32, got {getattr(accumulate, 'dtype', type(accumulate))}")
         if accumulate.shape != problem.out_shape:
-            raise ValueError(
-                f"accumulate must be [g, m, n] = {list(problem.out_shape)}, got {list(accumulate.shape)}"
-            )
+            raise ValueError(f"accumulate must be [g, m, n] = {list(problem.out_shape)}, got {list(accumulate.shape)}")
     return _bind(problem, implementation, lhs, rhs, accumulate, group_sizes)
 
 

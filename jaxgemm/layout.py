@@ -45,9 +45,7 @@ def align_up(size: int, alignment: int) -> int:
         8
     """
     if size < 0 or alignment <= 0:
-        raise ValueError(
-            f"align_up needs size >= 0 and alignment > 0, got size={size}, alignment={alignment}"
-        )
+        raise ValueError(f"align_up needs size >= 0 and alignment > 0, got size={size}, alignment={alignment}")
     return cdiv(size, alignment) * alignment
 
 
@@ -163,9 +161,7 @@ def aligned_group_offsets(group_sizes: jax.Array, alignment: int = SCALE_BLOCK) 
         [0, 128, 128, 256, 512]
     """
     if group_sizes.ndim != 1 or not jnp.issubdtype(group_sizes.dtype, jnp.integer):
-        raise ValueError(
-            f"group_sizes must be integers [g], got {group_sizes.dtype}{list(group_sizes.shape)}"
-        )
+        raise ValueError(f"group_sizes must be integers [g], got {group_sizes.dtype}{list(group_sizes.shape)}")
     if alignment <= 0:
         raise ValueError(f"alignment must be positive, got {alignment}")
     sizes = jnp.maximum(group_sizes, 0).astype(jnp.int32)

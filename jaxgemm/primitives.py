@@ -66,9 +66,7 @@ def _quantize_abstract(x: Any, *, problem: QuantizeProblem, implementation: str 
     return outputs
 
 
-def _stored_avals(
-    lead: Sequence[int], rows: int, cols: int, block_shape: tuple[int, int], dtype: Any
-) -> list[Any]:
+def _stored_avals(lead: Sequence[int], rows: int, cols: int, block_shape: tuple[int, int], dtype: Any) -> list[Any]:
     return [
         jax.core.ShapedArray((*lead, *stored_values_shape(rows, cols)), dtype),
         jax.core.ShapedArray((*lead, *stored_scales_shape(rows, cols, block_shape)), jnp.float32),
@@ -92,17 +90,13 @@ def _batch_dense(
     return bind_gemm(masked, implementation, *groups, masked_m), 0
 
 
-def _batch_rows(
-    operands: list[Any], size: int, problem: GemmProblem, implementation: str | None
-) -> jax.Array:
+def _batch_rows(operands: list[Any], size: int, problem: GemmProblem, implementation: str | None) -> jax.Array:
     """A batch of lhs alone is one product of more rows, if each is scaled by itself."""
     lhs_values, lhs_scales, *rest = operands
     lhs_values = _broadcast_front(lhs_values, size, 0 if lhs_values.ndim == 3 else None)
     lhs_scales = _broadcast_front(lhs_scales, size, 0 if lhs_scales.ndim == 3 else None)
     if problem.lhs_block_shape[0] != 1:
-        return jax.lax.map(
-            lambda lhs: bind_gemm(problem, implementation, *lhs, *rest), (lhs_values, lhs_scales)
-        )
+        return jax.lax.map(lambda lhs: bind_gemm(problem, implementation, *lhs, *rest), (lhs_values, lhs_scales))
     stored_m = lhs_values.shape[1]
     logical_scales = layout.from_mn_major_tma_aligned(lhs_scales, problem.m)
     logical_scales = layout.pad_trailing(logical_scales, (stored_m, logical_scales.shape[-1]))
@@ -184,9 +178,7 @@ def _register(primitive: Primitive, abstract: Any, batch: Any, run: Any, advice:
 
 
 def _run_compiled(primitive: Primitive, *operands: Any, **params: Any) -> Any:
-    with jax.disable_jit(
-        False
-    ):  # one primitive is one program, also where the user's functions are not compiled
+    with jax.disable_jit(False):  # one primitive is one program, also where the user's functions are not compiled
         return _compiled(primitive, tuple(params.items()))(*operands)
 
 
@@ -199,15 +191,11 @@ def _run_gemm(platform: str, *operands: Any, problem: GemmProblem, implementatio
     return dispatch.run_gemm(problem, platform, implementation, *operands)
 
 
-def _run_quantize(
-    platform: str, x: Any, *, problem: QuantizeProblem, implementation: str | None
-) -> list[jax.Array]:
+def _run_quantize(platform: str, x: Any, *, problem: QuantizeProblem, implementation: str | None) -> list[jax.Array]:
     return dispatch.run_quantize(problem, platform, implementation, x)
 
 
-_GEMM_ADVICE = (
-    "Differentiate jaxgemm.fp8_dot, grouped_fp8_dot or masked_grouped_fp8_dot of the originals instead."
-)
+_GEMM_ADVICE = "Differentiate jaxgemm.fp8_dot, grouped_fp8_dot or masked_grouped_fp8_dot of the originals instead."
 _register(fp8_gemm_p, _gemm_abstract, _batch_dense, _run_gemm, _GEMM_ADVICE)
 _register(fp8_grouped_gemm_p, _gemm_abstract, _batch_in_turn, _run_gemm, _GEMM_ADVICE)
 _register(fp8_masked_grouped_gemm_p, _gemm_abstract, _batch_masked, _run_gemm, _GEMM_ADVICE)

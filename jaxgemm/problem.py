@@ -203,9 +203,7 @@ def check_float_array(name: str, array: Any, axes: Sequence[str]) -> None:
         ValueError: if its rank is not that of `axes`.
     """
     if not hasattr(array, "dtype") or not hasattr(array, "shape"):
-        raise TypeError(
-            f"{name} must be an array of bfloat16, float16 or float32, got {type(array).__name__}"
-        )
+        raise TypeError(f"{name} must be an array of bfloat16, float16 or float32, got {type(array).__name__}")
     check_float_dtype(f"{name}.dtype", array.dtype)
     open_ended = axes[0] == "..."
     rank = len(axes) - open_ended
@@ -221,13 +219,9 @@ def check_sizes(name: str, sizes: Any, num_groups: int | None) -> None:
         ValueError: if there are not `num_groups` of them (None: at least one).
     """
     if not hasattr(sizes, "dtype") or not jnp.issubdtype(sizes.dtype, jnp.integer):
-        raise TypeError(
-            f"{name} must be an integer array, got {getattr(sizes, 'dtype', type(sizes).__name__)}"
-        )
+        raise TypeError(f"{name} must be an integer array, got {getattr(sizes, 'dtype', type(sizes).__name__)}")
     wanted = f"[g] = [{num_groups}]" if num_groups is not None else "[g] with g >= 1"
-    if len(sizes.shape) != 1 or sizes.shape[0] != (
-        num_groups if num_groups is not None else max(sizes.shape[0], 1)
-    ):
+    if len(sizes.shape) != 1 or sizes.shape[0] != (num_groups if num_groups is not None else max(sizes.shape[0], 1)):
         raise ValueError(f"{name} must be {wanted}, got shape {list(sizes.shape)}")
 
 

@@ -140,9 +140,7 @@ def quantize_transposed(
         ScaledArray(shape=(200, 300), dtype=float8_e4m3fn, block_shape=(128, 128))
     """
     check_float_array("x", x, ("...", "m", "k"))
-    problem = _quantize_problem(
-        x, block_shape, dtype, power_of_two, implementation, natural=False, transposed=True
-    )
+    problem = _quantize_problem(x, block_shape, dtype, power_of_two, implementation, natural=False, transposed=True)
     values, scales = bind_quantize(x, problem, implementation)
     rows, cols = x.shape[-2:]
     return ScaledArray(values, scales, cols, rows, transposed_block_shape(problem.block_shape, rows, cols))

@@ -97,9 +97,7 @@ def expand_scales(scales: jax.Array, block_shape: tuple[int, int], rows: int, co
     return expanded[..., :rows, :cols]
 
 
-def dequantize(
-    values: jax.Array, scales: jax.Array, rows: int, cols: int, block_shape: tuple[int, int]
-) -> jax.Array:
+def dequantize(values: jax.Array, scales: jax.Array, rows: int, cols: int, block_shape: tuple[int, int]) -> jax.Array:
     """Returns the float32 `[..., rows, cols]` that stored values and scales stand for."""
     if is_mn_major(block_shape):
         scales = layout.from_mn_major_tma_aligned(scales, rows)

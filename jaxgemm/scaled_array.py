@@ -136,9 +136,7 @@ class ScaledArray:
         if not all(hasattr(leaf, "shape") for leaf in (self.stored_values, self.stored_scales)):
             return f"ScaledArray({self.stored_values!r}, {self.stored_scales!r})"  # a tree_map put other leaves in
         segments = f", segment_alignment={self.segment_alignment}" if self.segment_alignment != 1 else ""
-        return (
-            f"ScaledArray(shape={self.shape}, dtype={self.dtype}, block_shape={self.block_shape}{segments})"
-        )
+        return f"ScaledArray(shape={self.shape}, dtype={self.dtype}, block_shape={self.block_shape}{segments})"
 
 
 def resolve_block_shape(block_shape: tuple[int, int], rows: int, cols: int) -> tuple[int, int]:
@@ -154,7 +152,7 @@ def resolve_block_shape(block_shape: tuple[int, int], rows: int, cols: int) -> t
             f"block_shape must be (1, 128), (128, 128), (1, k) = (1, {cols}) or (m, k) = ({rows}, {cols}), "
             f"got {block_shape}"
         )
-    return block  # type: ignore[return-value]
+    return block
 
 
 def transposed_block_shape(block_shape: tuple[int, int], rows: int, cols: int) -> tuple[int, int]:

@@ -58,9 +58,7 @@ def tile_difference(actual, expected):
 def assert_close(actual, expected, bound=TIGHT):
     """Fails unless the two agree on every tile to `bound`; bfloat16 results round by up to 2^-9, squared here."""
     assert tile_difference(actual, expected) <= bound
-    assert np.array_equal(
-        np.isnan(np.asarray(actual, np.float64)), np.isnan(np.asarray(expected, np.float64))
-    )
+    assert np.array_equal(np.isnan(np.asarray(actual, np.float64)), np.isnan(np.asarray(expected, np.float64)))
 
 
 def dequantized(q):

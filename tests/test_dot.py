@@ -12,7 +12,6 @@ from support import (
     LOOSE,
     ROW,
     SQUARE,
-    activate,
     assert_close,
     dequantized,
     difference,
@@ -74,15 +73,11 @@ def test_gradients_are_near_float32(m, n, k, activation):
 
     def exact(x, w, bias):
         out = jnp.dot(x, w, precision="highest") + bias
-        return {None: lambda x: x, "relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}[activation](
-            out
-        )
+        return {None: lambda x: x, "relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}[activation](out)
 
     fp8 = functools.partial(jaxgemm.fp8_dot, activation=activation)
     gradients = jax.jit(jax.grad(functools.partial(loss, fp8), (0, 1, 2)))(x, w, bias)
-    for got, want in zip(
-        gradients, jax.grad(functools.partial(loss, exact), (0, 1, 2))(x, w, bias), strict=True
-    ):
+    for got, want in zip(gradients, jax.grad(functools.partial(loss, exact), (0, 1, 2))(x, w, bias), strict=True):
         assert difference(got, want) < GRADIENT_LOOSE
 
 
@@ -94,9 +89,7 @@ def test_dtypes_follow_the_inputs(dtype, w_dtype):
     assert out.dtype == dtype
     assert [g.dtype for g in pull_back(out)] == [dtype, w_dtype, jnp.float32]
     assert jaxgemm.fp8_dot(x, w, preferred_element_type=jnp.float32).dtype == jnp.float32
-    assert (
-        difference(out, np.asarray(x, np.float64) @ np.asarray(w, np.float64) + np.asarray(bias)) < 2 * LOOSE
-    )
+    assert difference(out, np.asarray(x, np.float64) @ np.asarray(w, np.float64) + np.asarray(bias)) < 2 * LOOSE
 
 
 @settings(deadline=None, max_examples=8)
@@ -152,9 +145,7 @@ def per_group(function, x, w, bias, dout, slices):
     return out, dx, dw, db
 
 
-@pytest.mark.parametrize(
-    "sizes", [[20, 30, 1, 39], [0, 0, 90, 0], [7, 0, 20, 13], [0, 0, 0, 0], [-3, 50, 100, 4]]
-)
+@pytest.mark.parametrize("sizes", [[20, 30, 1, 39], [0, 0, 90, 0], [7, 0, 20, 13], [0, 0, 0, 0], [-3, 50, 100, 4]])
 @pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize("wgrad_dtype", ["fp8", "bf16"])
 def test_grouped_equals_a_dense_layer_per_group(sizes, activation, wgrad_dtype):

@@ -97,9 +97,7 @@ def test_windows_stay_in_the_text():
 
 def test_quickstart_prints_what_readme_shows():
     readme = (ROOT / "README.md").read_text()
-    shown_code, shown_output = re.search(
-        r"```python\n(import jax\n.*?)```.*?```text\n(.*?)```", readme, re.S
-    ).groups()
+    shown_code, shown_output = re.search(r"```python\n(import jax\n.*?)```.*?```text\n(.*?)```", readme, re.S).groups()
     source = (ROOT / "examples/quickstart.py").read_text()
     assert source.endswith("\n\n" + shown_code)
     command = [sys.executable, "examples/quickstart.py"]

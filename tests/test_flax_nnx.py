@@ -20,8 +20,7 @@ def make_pair(in_features, out_features, **keywords):
     """Our layer and Flax's, from the same keys."""
     keywords.setdefault("bias_init", nnx.initializers.normal(1.0))
     return tuple(
-        layer(in_features, out_features, rngs=nnx.Rngs(0), **keywords)
-        for layer in (fp8_nnx.Linear, nnx.Linear)
+        layer(in_features, out_features, rngs=nnx.Rngs(0), **keywords) for layer in (fp8_nnx.Linear, nnx.Linear)
     )
 
 

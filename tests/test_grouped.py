@@ -29,9 +29,7 @@ f32 = {"preferred_element_type": jnp.float32}
 
 @functools.partial(jax.jit, static_argnames=("activation", "implementation"))
 def grouped(lhs, rhs, sizes, bias=None, activation=None, implementation=None):
-    return jaxgemm.grouped_gemm(
-        lhs, rhs, sizes, bias, activation=activation, implementation=implementation, **f32
-    )
+    return jaxgemm.grouped_gemm(lhs, rhs, sizes, bias, activation=activation, implementation=implementation, **f32)
 
 
 def grouped_oracle(lhs, rhs, sizes, bias=None, activation=None):

@@ -10,9 +10,7 @@ from hypothesis import strategies as st
 from jaxgemm import layout
 
 TOTAL, GROUPS = 900, 6
-sizes_lists = st.lists(
-    st.integers(0, TOTAL // GROUPS), min_size=GROUPS, max_size=GROUPS
-)  # one shape: one compilation
+sizes_lists = st.lists(st.integers(0, TOTAL // GROUPS), min_size=GROUPS, max_size=GROUPS)  # one shape: one compilation
 
 
 @pytest.mark.parametrize("k", [128, 300])
@@ -81,9 +79,7 @@ jit_clip_aligned_sizes = jax.jit(layout.clip_aligned_sizes, static_argnums=(1, 2
 def aligned_layout(sizes, alignment):
     offsets = layout.group_offsets(sizes, TOTAL)
     capacity = layout.aligned_capacity(TOTAL, GROUPS, alignment)
-    return layout.aligned_group_offsets(sizes, alignment), layout.aligned_source_rows(
-        offsets, capacity, alignment
-    )
+    return layout.aligned_group_offsets(sizes, alignment), layout.aligned_source_rows(offsets, capacity, alignment)
 
 
 @settings(deadline=None, max_examples=60)

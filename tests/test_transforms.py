@@ -24,9 +24,7 @@ def in_turn(function, args, axes):
     return jnp.stack([function(*s) for s in slices])
 
 
-@pytest.mark.parametrize(
-    "batched", [c for c in itertools.product([0, None], repeat=3) if any(a == 0 for a in c)]
-)
+@pytest.mark.parametrize("batched", [c for c in itertools.product([0, None], repeat=3) if any(a == 0 for a in c)])
 @pytest.mark.parametrize("lhs_block, rhs_block", [(ROW, SQUARE), (ROW, ROW), (SQUARE, SQUARE)])
 def test_vmap_of_gemm(batched, lhs_block, rhs_block):
     lhs, rhs = (
@@ -56,10 +54,7 @@ SIZES = jnp.array([[2, 0, 5, 1], [9, 0, 0, 0], [0, 3, 3, 3]])
 def test_vmap_of_groups(name, batched):
     lhs = jaxgemm.quantize(random(0, B, *([GROUPS] if name == "masked_grouped_gemm" else []), M, K))
     rhs = jaxgemm.quantize(random(1, B, *([] if name == "k_grouped_gemm" else [GROUPS]), N, K))
-    args = [
-        x if a == 0 else jax.tree.map(lambda x: x[0], x)
-        for x, a in zip((lhs, rhs, SIZES), batched, strict=True)
-    ]
+    args = [x if a == 0 else jax.tree.map(lambda x: x[0], x) for x, a in zip((lhs, rhs, SIZES), batched, strict=True)]
     function = functools.partial(getattr(jaxgemm, name), **f32)
     assert_close(jax.vmap(function, batched)(*args), in_turn(function, args, batched))
 
@@ -125,9 +120,7 @@ def test_forward_mode_is_refused_clearly(transform):
         forward()
 
 
-@pytest.mark.parametrize(
-    "call", [jaxgemm.quantize, lambda x: jaxgemm.gemm(jaxgemm.quantize(x), jaxgemm.quantize(x))]
-)
+@pytest.mark.parametrize("call", [jaxgemm.quantize, lambda x: jaxgemm.gemm(jaxgemm.quantize(x), jaxgemm.quantize(x))])
 def test_quantised_level_says_where_the_derivatives_are(call):
     def loss(x):
         return sum(leaf.astype(jnp.float32).sum() for leaf in jax.tree.leaves(call(x)))

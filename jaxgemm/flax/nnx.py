@@ -100,9 +100,7 @@ class Linear(nnx.Linear):
             bias_metadata=bias_metadata,
         )
         if dot_general is not None and activation is not None:
-            raise ValueError(
-                f"activation must be None where dot_general replaces the FP8 product, got {activation!r}"
-            )
+            raise ValueError(f"activation must be None where dot_general replaces the FP8 product, got {activation!r}")
         self.dot_general = dot_general  # type: ignore[assignment]  # None here means FP8
         self.activation = activation
         self.recipe = recipe
