@@ -1,8 +1,8 @@
 """FP8 matrix products for JAX with fine-grained scales.
 
 `fp8_dot`, `grouped_fp8_dot`, `masked_grouped_fp8_dot` and `fp8_dot_general` take float arrays and differentiate;
-`gemm` and its family take `ScaledArray`s, which `quantize` makes. See https://arxiv.org/abs/2412.19437, section 3.3, for
-the recipe.
+`gemm` and its family take `ScaledArray`s, which `quantize` makes. The recipe is that of DeepSeek-V3
+(https://arxiv.org/abs/2412.19437, section 3.3).
 """
 
 from jaxgemm import layout

@@ -57,4 +57,4 @@ class Recipe:
 
 
 DEEPSEEK = Recipe()
-"""The recipe of DeepSeek-V3 (arXiv 2412.19437, 3.3): e4m3 everywhere, 1x128 activations and gradients, 128x128 weights."""
+"""That of DeepSeek-V3 (arXiv 2412.19437, 3.3): e4m3 everywhere, 1x128 activations and gradients, 128x128 weights."""
