@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgemm.dot_vjp import DotOptions, scaled_dot
+from jaxgemm.manual_axes import varying_axes
 from jaxgemm.problem import (
     check_activation,
     check_bias,
@@ -280,6 +281,7 @@ def _options(
         activation=activation,
         recipe=recipe,
         implementation=implementation,
+        varying=(varying_axes(lhs), varying_axes(rhs), varying_axes(bias)),
     )
 
 

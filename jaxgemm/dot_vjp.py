@@ -23,6 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxgemm import layout
 from jaxgemm.gemm import gemm, grouped_gemm, k_grouped_gemm, masked_grouped_gemm
+from jaxgemm.manual_axes import sum_replicated
 from jaxgemm.quantize import quantize, quantize_both, quantize_grouped, quantize_transposed
 from jaxgemm.recipe import Recipe
 from jaxgemm.reference import activate
@@ -44,6 +45,7 @@ class DotOptions:
         activation: a name, or None.
         recipe: formats and blocks.
         implementation: a name, or None.
+        varying: inside `shard_map`: the mesh axes that lhs, rhs and bias vary over.
     """
 
     kind: str
@@ -54,6 +56,7 @@ class DotOptions:
     activation: str | None
     recipe: Recipe
     implementation: str | None
+    varying: tuple[frozenset[Any], frozenset[Any], frozenset[Any]]
 
     def quantizer(self, dtype: Any) -> dict[str, Any]:
         """Returns the keywords that every quantising function takes."""
@@ -112,7 +115,7 @@ def _forward(options: DotOptions, lhs: Any, rhs: Any, bias: Any, sizes: Any) -> 
     return out, residuals
 
 
-def _backward(options: DotOptions, residuals: Any, dout: jax.Array) -> tuple[Any, Any, Any, None]:
+def _backward(options: DotOptions, residuals: Any, dout: jax.Array) -> tuple[Any, ...]:
     """dgrad, wgrad and the bias' gradient."""
     lhs_residual, rhs_residual, pre_activation, sizes = residuals
     if pre_activation is not None:
@@ -124,11 +127,13 @@ def _backward(options: DotOptions, residuals: Any, dout: jax.Array) -> tuple[Any
     with jax.named_scope("fp8_dgrad"):
         rhs = rhs_residual.T if options.rhs_dtype is None else rhs_residual
         dlhs = _row_product(options, dout_q, rhs, sizes, options.lhs_dtype)
-    if options.rhs_dtype is None:  # a weight that came quantised is a constant
-        return dlhs, None, dbias, None
-    with jax.named_scope("fp8_wgrad"):
-        drhs = _wgrad(options, lhs_residual, dout_wgrad, sizes).astype(options.rhs_dtype)
-    return dlhs, drhs, dbias, None
+    drhs = None
+    if options.rhs_dtype is not None:  # a weight that came quantised is a constant
+        with jax.named_scope("fp8_wgrad"):
+            drhs = _wgrad(options, lhs_residual, dout_wgrad, sizes)
+    dtypes = (options.lhs_dtype, options.rhs_dtype, options.bias_dtype)
+    gradients = zip((dlhs, drhs, dbias), options.varying, dtypes, strict=True)
+    return *(g if g is None else sum_replicated(g, axes).astype(dtype) for g, axes, dtype in gradients), None
 
 
 scaled_dot.defvjp(_forward, _backward)
@@ -196,13 +201,13 @@ def _quantize_lhs(options: DotOptions, lhs: jax.Array, sizes: Any) -> tuple[Scal
 
 
 def _quantize_dout(options: DotOptions, dout: jax.Array, sizes: Any) -> tuple[ScaledArray, Any, jax.Array | None]:
-    """Returns dout as dgrad and as wgrad need it, and its sum over the rows if there is a bias."""
+    """Returns dout as dgrad and as wgrad need it, and its float32 sum over the rows if there is a bias."""
     recipe, keywords = options.recipe, options.quantizer(options.recipe.dout_dtype)
     fp8_wgrad = options.rhs_dtype is not None and recipe.wgrad_dtype == "fp8"
     has_bias = options.bias_dtype is not None
     if fp8_wgrad and options.kind != "grouped" and recipe.dout_block_shape[0] == 1:
         natural, for_wgrad, dbias = quantize_both(dout, recipe.dout_block_shape, column_sum=has_bias, **keywords)
-        return natural, for_wgrad, dbias.astype(options.bias_dtype) if dbias is not None else None
+        return natural, for_wgrad, dbias
     natural = quantize(dout, recipe.dout_block_shape, **keywords)
     kept = _for_wgrad(options, dout, sizes, keywords) if fp8_wgrad else dout
     return natural, kept, _sum_rows(options, dout, sizes) if has_bias else None
@@ -219,11 +224,11 @@ def _sum_rows(options: DotOptions, dout: jax.Array, sizes: Any) -> jax.Array:
     """The gradient of the bias: the sum of dout over the rows of each weight, in float32."""
     dout = dout.astype(jnp.float32)
     if options.kind != "grouped":
-        return dout.sum(-2).astype(options.bias_dtype)
+        return dout.sum(-2)
     rows, num_groups = dout.shape[0], sizes.shape[0]
     offsets = layout.group_offsets(sizes, rows)
     group = jnp.where(jnp.arange(rows) < offsets[-1], layout.group_of_row(offsets, rows), num_groups)
-    return jax.ops.segment_sum(dout, group, num_groups + 1)[:num_groups].astype(options.bias_dtype)
+    return jax.ops.segment_sum(dout, group, num_groups + 1)[:num_groups]
 
 
 def _drop_masked(options: DotOptions, x: jax.Array, sizes: Any) -> jax.Array:

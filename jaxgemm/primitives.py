@@ -16,6 +16,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jaxgemm import dispatch, layout
+from jaxgemm.manual_axes import match_varying, result_type
 from jaxgemm.problem import GemmProblem, QuantizeProblem
 from jaxgemm.scaled_array import stored_scales_shape, stored_values_shape, transposed_block_shape
 
@@ -36,7 +37,8 @@ GEMM_PRIMITIVES = {
 
 def bind_gemm(problem: GemmProblem, implementation: str | None, *operands: Any) -> jax.Array:
     """Binds the primitive of `problem.kind`; `operands` as in `dispatch.run_gemm`."""
-    return GEMM_PRIMITIVES[problem.kind].bind(*operands, problem=problem, implementation=implementation)
+    matched = match_varying(operands)
+    return GEMM_PRIMITIVES[problem.kind].bind(*matched, problem=problem, implementation=implementation)
 
 
 def bind_quantize(x: jax.Array, problem: QuantizeProblem, implementation: str | None) -> list[jax.Array]:
@@ -48,8 +50,8 @@ def bind_quantize(x: jax.Array, problem: QuantizeProblem, implementation: str | 
 
 
 def _gemm_abstract(*operands: Any, problem: GemmProblem, implementation: str | None) -> Any:
-    del operands, implementation
-    return jax.core.ShapedArray(problem.out_shape, problem.out_dtype)
+    del implementation
+    return result_type(operands, problem.out_shape, problem.out_dtype)
 
 
 def _quantize_abstract(x: Any, *, problem: QuantizeProblem, implementation: str | None) -> list[Any]:
@@ -57,19 +59,20 @@ def _quantize_abstract(x: Any, *, problem: QuantizeProblem, implementation: str 
     *lead, rows, cols = x.shape
     outputs: list[Any] = []
     if problem.natural:
-        outputs += _stored_avals(lead, rows, cols, problem.block_shape, problem.dtype)
+        outputs += _stored_types(x, rows, cols, problem.block_shape, problem.dtype)
     if problem.transposed:
         block_shape = transposed_block_shape(problem.block_shape, rows, cols)
-        outputs += _stored_avals(lead, cols, rows, block_shape, problem.dtype)
+        outputs += _stored_types(x, cols, rows, block_shape, problem.dtype)
     if problem.column_sum:
-        outputs.append(jax.core.ShapedArray((*lead, cols), jnp.float32))
+        outputs.append(result_type([x], (*lead, cols), jnp.float32))
     return outputs
 
 
-def _stored_avals(lead: Sequence[int], rows: int, cols: int, block_shape: tuple[int, int], dtype: Any) -> list[Any]:
+def _stored_types(x: Any, rows: int, cols: int, block_shape: tuple[int, int], dtype: Any) -> list[Any]:
+    lead = x.shape[:-2]
     return [
-        jax.core.ShapedArray((*lead, *stored_values_shape(rows, cols)), dtype),
-        jax.core.ShapedArray((*lead, *stored_scales_shape(rows, cols, block_shape)), jnp.float32),
+        result_type([x], (*lead, *stored_values_shape(rows, cols)), dtype),
+        result_type([x], (*lead, *stored_scales_shape(rows, cols, block_shape)), jnp.float32),
     ]
 
 

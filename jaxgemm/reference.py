@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgemm import layout
+from jaxgemm.manual_axes import match_varying
 from jaxgemm.problem import GemmProblem, QuantizeProblem
 from jaxgemm.scaled_array import is_mn_major, store_scales, store_values, transposed_block_shape
 
@@ -151,9 +152,8 @@ def k_grouped_gemm(
     # Contiguous columns are found through their group's offset; aligned ones start where their segment does.
     starts = layout.aligned_group_offsets(sizes, problem.segment_alignment)
     columns = jnp.where(valid, source - offsets[group] + starts[group], 0)
-    out = jnp.zeros(problem.out_shape, jnp.float32)
-    if accumulate is not None:
-        out = accumulate.astype(jnp.float32)
+    start = jnp.zeros(problem.out_shape, jnp.float32) if accumulate is None else accumulate
+    start, *_ = match_varying([start, lhs])  # a carry must vary over the mesh as its updates do
 
     def add_block(out: jax.Array, block: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         block_columns, block_valid, block_group = block
@@ -162,7 +162,7 @@ def k_grouped_gemm(
         return out.at[block_group].add(_matmul_nt(lhs_block, rhs_block)), None
 
     blocks = (columns.reshape(-1, layout.SCALE_BLOCK), valid.reshape(-1, layout.SCALE_BLOCK))
-    out, _ = jax.lax.scan(add_block, out, (*blocks, group[:: layout.SCALE_BLOCK]))
+    out, _ = jax.lax.scan(add_block, start, (*blocks, group[:: layout.SCALE_BLOCK]))
     return out.astype(problem.out_dtype)
 
 

@@ -1,3 +1,8 @@
+import os
+
+# Eight devices, for the tests of sharding: read when JAX first looks for devices.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+
 import jax
 import pytest
 from support import available_implementations

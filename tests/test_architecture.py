@@ -18,7 +18,7 @@ LEVELS = [
     {"jaxgemm.reference", "jaxgemm.tuning"},
     {"jaxgemm.problem"},
     {"jaxgemm.scaled_array"},
-    {"jaxgemm.layout"},
+    {"jaxgemm.layout", "jaxgemm.manual_axes"},
 ]
 WITHIN = [
     ("jaxgemm.dot", "jaxgemm.dot_vjp"),
