@@ -48,7 +48,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", choices=("fp8", *SHORT_NAMES.values()), help="run one of the two")
     parser.add_argument("--out", type=Path, default=Path("runs/train_lm"))
     parser.add_argument("--checkpoint-every", type=int, default=100, metavar="STEPS")
-    parser.add_argument("--evaluate-every", type=int, metavar="STEPS", help="default: a tenth of all steps")
+    parser.add_argument("--evaluate-every", type=int, metavar="STEPS", help="default: a fifth of all steps")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     return parser.parse_args(argv)
 
@@ -61,7 +61,7 @@ def make_settings(arguments: argparse.Namespace) -> Settings:
         by_name = {short: dtype for dtype, short in SHORT_NAMES.items()}
         default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         values["dtype"] = by_name.get(arguments.only, default)
-    values.setdefault("evaluate_every", max(values["steps"] // 10, 1))
+    values.setdefault("evaluate_every", max(values["steps"] // 5, 1))
     settings = Settings(**{field.name: values[field.name] for field in fields(Settings)})
     if arguments.only not in (None, "fp8", SHORT_NAMES[settings.dtype]):
         sys.exit(f"--only {arguments.only} and --dtype {settings.dtype} do not go together")
