@@ -42,9 +42,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=SHORT_NAMES, help="default: bfloat16 on a GPU, float32 on a CPU")
-    parser.add_argument(
-        "--attention", choices=("xla", "cudnn"), default="xla", help="cudnn: bfloat16 on a GPU"
-    )
+    parser.add_argument("--attention", choices=("xla", "cudnn"), default="xla", help="cudnn: bfloat16 on a GPU")
     parser.add_argument("--only", choices=("fp8", *SHORT_NAMES.values()), help="run one of the two")
     parser.add_argument("--out", type=Path, default=Path("runs/train_lm"))
     parser.add_argument("--checkpoint-every", type=int, default=100, metavar="STEPS")
@@ -75,9 +73,7 @@ def open_directory(directory: Path, settings: Settings, resume: bool) -> None:
     path = directory / "settings.json"
     if resume and path.exists():
         earlier, now = json.loads(path.read_text()), asdict(settings)
-        changed = [
-            f"{key} was {earlier.get(key)}, is {now[key]}" for key in now if earlier.get(key) != now[key]
-        ]
+        changed = [f"{key} was {earlier.get(key)}, is {now[key]}" for key in now if earlier.get(key) != now[key]]
         if changed:
             sys.exit(f"--resume needs the settings that {directory} was started with: {'; '.join(changed)}")
     directory.mkdir(parents=True, exist_ok=True)

@@ -97,9 +97,7 @@ def make_optimizer(settings: Settings) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95, weight_decay=0.1))
 
 
-def train(
-    name: str, settings: Settings, texts: tuple[Text, Text], directory: Path, *, fp8: bool, resume: bool
-) -> Run:
+def train(name: str, settings: Settings, texts: tuple[Text, Text], directory: Path, *, fp8: bool, resume: bool) -> Run:
     """Trains one model from the seed, or from its last checkpoint, to the last step.
 
     Args:
@@ -122,9 +120,7 @@ def train(
     compile_seconds = time.perf_counter() - started
     windows = even_windows(validation_data, EVALUATION_BATCHES * settings.batch, settings.seq)
     batches = windows.reshape(EVALUATION_BATCHES, settings.batch, settings.seq + 1)
-    evaluate = jax.jit(
-        lambda params: jax.lax.map(lambda batch: cross_entropy(model, params, batch), batches).mean()
-    )
+    evaluate = jax.jit(lambda params: jax.lax.map(lambda batch: cross_entropy(model, params, batch), batches).mean())
 
     if not resume:
         shutil.rmtree(directory, ignore_errors=True)
