@@ -26,7 +26,7 @@ from lm.text import load_standard_library
 from lm.training import Settings, train
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "demo": dict(steps=400, batch=16, seq=64, d_model=128, layers=2, heads=4, d_ff=512, lr=4e-3),
+    "demo": dict(steps=400, batch=16, seq=64, d_model=128, layers=2, heads=4, d_ff=512, lr=3e-3),
     "100m": dict(steps=2000, batch=16, seq=1024, d_model=768, layers=14, heads=12, d_ff=3072, lr=6e-4),
 }
 SHORT_NAMES = {"bfloat16": "bf16", "float32": "f32"}
