@@ -126,17 +126,13 @@ def train(sizes: Sizes, steps: int, num_tokens: int, seed: int) -> tuple[Params,
         if step % max(steps // 10, 1) == 0 or step == steps - 1:
             sizes_text = " ".join(f"{size:4d}" for size in routing.group_sizes.tolist())
             balance = float(routing.balance_loss)
-            print(
-                f"step {step:4d}  error {errors[-1]:.4f}  balance {balance:.3f}  rows an expert: {sizes_text}"
-            )
+            print(f"step {step:4d}  error {errors[-1]:.4f}  balance {balance:.3f}  rows an expert: {sizes_text}")
     return params, errors
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the flags and trains."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)

@@ -26,7 +26,7 @@ from lm.text import load_standard_library
 from lm.training import Settings, train
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "demo": dict(steps=400, batch=16, seq=64, d_model=128, layers=2, heads=4, d_ff=512, lr=4e-3),
+    "demo": dict(steps=400, batch=16, seq=64, d_model=128, layers=2, heads=4, d_ff=512, lr=3e-3),
     "100m": dict(steps=2000, batch=16, seq=1024, d_model=768, layers=14, heads=12, d_ff=3072, lr=6e-4),
 }
 SHORT_NAMES = {"bfloat16": "bf16", "float32": "f32"}
@@ -42,13 +42,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=SHORT_NAMES, help="default: bfloat16 on a GPU, float32 on a CPU")
-    parser.add_argument(
-        "--attention", choices=("xla", "cudnn"), default="xla", help="cudnn: bfloat16 on a GPU"
-    )
+    parser.add_argument("--attention", choices=("xla", "cudnn"), default="xla", help="cudnn: bfloat16 on a GPU")
     parser.add_argument("--only", choices=("fp8", *SHORT_NAMES.values()), help="run one of the two")
     parser.add_argument("--out", type=Path, default=Path("runs/train_lm"))
     parser.add_argument("--checkpoint-every", type=int, default=100, metavar="STEPS")
-    parser.add_argument("--evaluate-every", type=int, metavar="STEPS", help="default: a tenth of all steps")
+    parser.add_argument("--evaluate-every", type=int, metavar="STEPS", help="default: a fifth of all steps")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     return parser.parse_args(argv)
 
@@ -61,7 +59,7 @@ def make_settings(arguments: argparse.Namespace) -> Settings:
         by_name = {short: dtype for dtype, short in SHORT_NAMES.items()}
         default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         values["dtype"] = by_name.get(arguments.only, default)
-    values.setdefault("evaluate_every", max(values["steps"] // 10, 1))
+    values.setdefault("evaluate_every", max(values["steps"] // 5, 1))
     settings = Settings(**{field.name: values[field.name] for field in fields(Settings)})
     if arguments.only not in (None, "fp8", SHORT_NAMES[settings.dtype]):
         sys.exit(f"--only {arguments.only} and --dtype {settings.dtype} do not go together")
@@ -75,9 +73,7 @@ def open_directory(directory: Path, settings: Settings, resume: bool) -> None:
     path = directory / "settings.json"
     if resume and path.exists():
         earlier, now = json.loads(path.read_text()), asdict(settings)
-        changed = [
-            f"{key} was {earlier.get(key)}, is {now[key]}" for key in now if earlier.get(key) != now[key]
-        ]
+        changed = [f"{key} was {earlier.get(key)}, is {now[key]}" for key in now if earlier.get(key) != now[key]]
         if changed:
             sys.exit(f"--resume needs the settings that {directory} was started with: {'; '.join(changed)}")
     directory.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,9 @@
 (https://arxiv.org/abs/2412.19437, section 3.3).
 """
 
+import importlib
+from types import ModuleType
+
 from jaxgemm import layout
 from jaxgemm.dot import fp8_dot, fp8_dot_general, grouped_fp8_dot, masked_grouped_fp8_dot
 from jaxgemm.gemm import gemm, grouped_gemm, k_grouped_gemm, masked_grouped_gemm
@@ -33,3 +36,10 @@ __all__ = [
     "quantize_grouped",
     "quantize_transposed",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Imports `jaxgemm.flax` when it is first named: a program without Flax never loads it."""
+    if name == "flax":
+        return importlib.import_module("jaxgemm.flax")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,6 +5,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 import jaxgemm
 
 PACKAGE = pathlib.Path(jaxgemm.__file__).parent
@@ -92,3 +94,10 @@ def test_importing_loads_no_kernel_language_and_takes_no_device():
 def test_all_names_exist_and_are_documented():
     for name in jaxgemm.__all__:
         assert getattr(jaxgemm, name).__doc__, name
+
+
+def test_flax_loads_when_it_is_first_named():
+    code = "import jaxgemm, sys\njaxgemm.flax.linen.Dense, jaxgemm.flax.nnx.Linear\nassert 'flax' in sys.modules\n"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'flux'"):
+        jaxgemm.flux  # noqa: B018

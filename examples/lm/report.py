@@ -33,9 +33,7 @@ def collect(settings: Settings, texts: tuple[Text, Text], runs: list[Run]) -> di
     }
     if len(runs) == 2:
         baseline, fp8 = (metrics["runs"][run.name] for run in runs)
-        metrics["relative_gap"] = {
-            key: fp8[key] / baseline[key] - 1 for key in ("train_loss", "validation_loss")
-        }
+        metrics["relative_gap"] = {key: fp8[key] / baseline[key] - 1 for key in ("train_loss", "validation_loss")}
     return metrics
 
 
@@ -98,9 +96,7 @@ def write_metrics(metrics: dict[str, Any], path: Path) -> None:
 def plot(metrics: dict[str, Any], path: Path) -> None:
     """Draws the curves of the runs, and beneath them the gap between two."""
     runs = metrics["runs"]
-    figure, (losses, gap) = plt.subplots(
-        2, 1, figsize=(8, 7), sharex=True, height_ratios=(2, 1), layout="constrained"
-    )
+    figure, (losses, gap) = plt.subplots(2, 1, figsize=(8, 7), sharex=True, height_ratios=(2, 1), layout="constrained")
     width = max(1, metrics["settings"]["steps"] // 50)
     for name, run in runs.items():
         (line,) = losses.plot(*_smooth(run["train_losses"], width), label=f"{name}, train")

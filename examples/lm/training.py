@@ -22,7 +22,7 @@ from tqdm import tqdm
 from lm.model import Transformer, cross_entropy
 from lm.text import Text, even_windows, random_windows
 
-EVALUATION_WINDOWS = 64
+EVALUATION_BATCHES = 32
 SYNC_EVERY = 10
 """Steps handed to the device before the host waits for their losses."""
 
@@ -97,9 +97,7 @@ def make_optimizer(settings: Settings) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95, weight_decay=0.1))
 
 
-def train(
-    name: str, settings: Settings, texts: tuple[Text, Text], directory: Path, *, fp8: bool, resume: bool
-) -> Run:
+def train(name: str, settings: Settings, texts: tuple[Text, Text], directory: Path, *, fp8: bool, resume: bool) -> Run:
     """Trains one model from the seed, or from its last checkpoint, to the last step.
 
     Args:
@@ -120,8 +118,9 @@ def train(
     started = time.perf_counter()
     step_function = _compile_step(model, optimizer, settings, state, train_data)
     compile_seconds = time.perf_counter() - started
-    windows = even_windows(validation_data, EVALUATION_WINDOWS, settings.seq)
-    evaluate = jax.jit(lambda params: cross_entropy(model, params, windows))
+    windows = even_windows(validation_data, EVALUATION_BATCHES * settings.batch, settings.seq)
+    batches = windows.reshape(EVALUATION_BATCHES, settings.batch, settings.seq + 1)
+    evaluate = jax.jit(lambda params: jax.lax.map(lambda batch: cross_entropy(model, params, batch), batches).mean())
 
     if not resume:
         shutil.rmtree(directory, ignore_errors=True)
