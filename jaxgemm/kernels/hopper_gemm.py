@@ -12,8 +12,8 @@ Barriers: `full[stage]`: TMA copies arrive, compute warpgroups wait. `empty[stag
 loading warp waits. `bias_full`, `bias_empty`: the same for the bias of a tile.
 """
 
-import functools
-from typing import Any
+import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,17 +21,229 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxgemm.kernels import epilogue
-from jaxgemm.kernels.mainloop import Operand, OperandRefs, compute_tile, drain, load_tile, stage_buffers
-from jaxgemm.kernels.schedule import SM_AXIS, DenseSchedule, for_each_tile
+from jaxgemm.kernels import epilogue, split_k
+from jaxgemm.kernels.mainloop import (
+    KRange,
+    Operand,
+    OperandRefs,
+    compute_tile,
+    drain,
+    load_tile,
+    loads_scales_late,
+    stage_buffers,
+)
+from jaxgemm.kernels.schedule import LOCAL_AXIS, SHARE_AXIS, SM_AXIS, SPLIT_AXIS, DenseSchedule, for_each_tile
 from jaxgemm.kernels.wave import TILE_K, WAVE_ROWS, multiply_wave, multiply_wave_portable
 from jaxgemm.layout import align_up, cdiv
 from jaxgemm.problem import GemmProblem
 from jaxgemm.tuning import GemmConfig
 
-LOAD_REGISTERS = 40
-COMPUTE_REGISTERS = {1: 240, 2: 232, 3: 160}
-"""Registers a thread, by the number of compute warpgroups: 65536 in all (CUDA programming guide, 9.0)."""
+REGISTERS = {1: (40, 240), 2: (40, 232), 3: (32, 160)}
+"""Registers a thread of the loading and of the compute warpgroups, by the number of these: 65536 in all.
+
+NOTE: a sum beyond 512 hangs the block, since `setmaxnreg` waits for registers that never come free.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a problem and a configuration make of the kernel: the static facts its roles share.
+
+    Attributes:
+        problem: what is computed.
+        config: tiles.
+        lhs, rhs: the operands; `rows` and `columns` are these, in the order that wgmma takes them.
+        num_waves: waves of 64 rows a compute warpgroup sums.
+        k_tiles: k tiles in all.
+        num_sms: blocks that run at once.
+    """
+
+    problem: GemmProblem
+    config: GemmConfig
+    lhs: Operand
+    rhs: Operand
+    num_sms: int
+
+    @property
+    def rows(self) -> Operand:
+        return self.rhs if self.config.swap_operands else self.lhs
+
+    @property
+    def columns(self) -> Operand:
+        return self.lhs if self.config.swap_operands else self.rhs
+
+    @property
+    def num_waves(self) -> int:
+        return self.rows.tile // (WAVE_ROWS * self.config.warpgroups)
+
+    @property
+    def k_tiles(self) -> int:
+        return cdiv(self.problem.k, TILE_K)
+
+    @property
+    def padded_n(self) -> int:
+        """Columns of the output with each row a multiple of 16 bytes, as TMA demands."""
+        return align_up(self.problem.n, 16 // self.problem.out_dtype.itemsize)
+
+    @property
+    def bias_slab(self) -> int:
+        """Biases loaded for a tile: a multiple of 128 bytes, whatever their dtype."""
+        return align_up(self.config.tile_n, 64)
+
+    @property
+    def schedule(self) -> DenseSchedule:
+        problem, config = self.problem, self.config
+        extents = (problem.n, problem.m) if config.swap_operands else (problem.m, problem.n)
+        along_columns = config.band_along_n != config.swap_operands
+        return DenseSchedule(*extents, self.rows.tile, self.columns.tile, config.share, config.band, along_columns)
+
+    @property
+    def output_columns(self) -> int:
+        """Columns of the tile that a block stores."""
+        if self.config.split_k == 1:
+            return self.columns.tile
+        return split_k.slice_columns(self.columns.tile, self.config.split_k)
+
+
+def make_plan(problem: GemmProblem, config: GemmConfig, num_sms: int) -> Plan:
+    """Describes the kernel for a problem and a configuration that is valid for it."""
+
+    def operand(rows, tile, block_shape, dtype, is_rows):
+        return Operand(tile, block_shape[0] == 1, cdiv(rows, 128), dtype, is_rows and config.share > 1)
+
+    lhs = operand(problem.m, config.tile_m, problem.lhs_block_shape, problem.lhs_dtype, not config.swap_operands)
+    rhs = operand(problem.n, config.tile_n, problem.rhs_block_shape, problem.rhs_dtype, config.swap_operands)
+    return Plan(problem, config, lhs, rhs, num_sms)
+
+
+class Sides(NamedTuple):
+    """Descriptions and references of the rows and of the columns operand."""
+
+    rows: tuple[Operand, OperandRefs]
+    columns: tuple[Operand, OperandRefs]
+
+
+def load_role(plan: Plan, sides: Sides, bias_gmem: Any, smem: dict[str, Any]) -> None:
+    """The loading warpgroup: one warp walks the tiles and keeps the stages full."""
+    has_bias, stages = plan.problem.has_bias, plan.config.stages
+
+    def load_one_tile(tile, step, iteration):
+        barriers = smem["full_barrier"], smem["empty_barrier"]
+        iteration = load_tile(sides, tile, k_range(plan), stages, *barriers, iteration)
+        if has_bias:
+            load_bias(tile, step)
+        return iteration
+
+    def load_bias(tile, step):
+        @pl.when(step > 0)
+        def wait_until_used():
+            plgpu.barrier_wait(smem["bias_empty"])
+
+        start = tile.row_start if plan.config.swap_operands else tile.column_start
+        slab = bias_gmem.at[pl.ds(start, plan.bias_slab)]
+        plgpu.copy_gmem_to_smem(slab, smem["bias_smem"], smem["bias_full"])
+
+    @plgpu.warp_map
+    def per_warp(warp):
+        @pl.when(warp == 0)
+        def load_tiles():
+            iterations = for_each_tile(plan.schedule, load_one_tile, jnp.int32(0))
+            drain(smem["empty_barrier"], stages, iterations)
+            if has_bias:
+                plgpu.barrier_wait(smem["bias_empty"])
+
+
+def compute_role(plan: Plan, sides: Sides, out_gmem: Any, smem: dict[str, Any], multiply: Any) -> None:
+    """A compute warpgroup: sums its rows of each tile, then stores them."""
+    problem, config = plan.problem, plan.config
+    warpgroup = lax.axis_index("warpgroup")
+    first_row = warpgroup * (plan.num_waves * WAVE_ROWS)
+
+    def compute_one_tile(tile, step, slot):
+        del step
+        barriers = smem["full_barrier"], smem["empty_barrier"]
+        sums, slot = compute_tile(
+            *sides, tile, first_row, plan.num_waves, k_range(plan), config.stages, *barriers, slot, multiply
+        )
+        if problem.has_bias:
+            plgpu.barrier_wait(smem["bias_full"])
+        if config.split_k == 1:
+            for wave, parts in enumerate(sums):
+                finish_wave(parts, tile, first_row + wave * WAVE_ROWS, tile.column_start)
+        else:
+            finish_split_wave(sums[0][0], tile)
+        if problem.has_bias:
+            plgpu.barrier_arrive(smem["bias_empty"])
+        return slot
+
+    def finish_wave(parts, tile, row, column):
+        if problem.has_bias:
+            parts = epilogue.add_bias(parts, smem["bias_smem"], row, config.swap_operands)
+        parts = [epilogue.activate(part, problem.activation) for part in parts]
+        store = epilogue.store_wave_transposed if config.swap_operands else epilogue.store_wave
+        store(parts, smem["out_smem"].at[warpgroup], out_gmem, tile.row_start + row, column)
+
+    def finish_split_wave(sums, tile):
+        rank, width = lax.axis_index(SPLIT_AXIS), plan.output_columns
+        total = split_k.sum_slice(
+            sums, smem["partial_smem"].at[warpgroup], smem["ready_barrier"], config.split_k, rank
+        )
+
+        @pl.when(rank * width < plan.columns.tile)
+        def finish_slice():
+            finish_wave([total], tile, first_row, tile.column_start + rank * width)
+
+        # No block may go on while another still reads its partial sums.
+        plgpu.barrier_arrive(smem["used_barrier"])
+        plgpu.barrier_wait(smem["used_barrier"])
+
+    for_each_tile(plan.schedule, compute_one_tile, jnp.int32(0))
+    plgpu.wait_smem_to_gmem(0)
+
+
+def k_range(plan: Plan) -> KRange:
+    """The k tiles of this block: all, or its share of them."""
+    if plan.config.split_k == 1:
+        return KRange(0, plan.k_tiles)
+    rank = lax.axis_index(SPLIT_AXIS)
+    bound = lambda rank: lax.div(rank * plan.k_tiles, jnp.int32(plan.config.split_k))
+    return KRange(bound(rank), bound(rank + 1) - bound(rank))
+
+
+def scratch_types(plan: Plan, bias_dtype: Any) -> dict[str, Any]:
+    """Shared memory and barriers, by name."""
+    problem, config = plan.problem, plan.config
+    lhs_buffers, rhs_buffers = stage_buffers(plan.lhs, config.stages), stage_buffers(plan.rhs, config.stages)
+    num_copies = plan.lhs.num_copies + plan.rhs.num_copies
+    types = dict(
+        lhs_values_smem=lhs_buffers[0],
+        lhs_scales_smem=lhs_buffers[1],
+        rhs_values_smem=rhs_buffers[0],
+        rhs_scales_smem=rhs_buffers[1],
+        full_barrier=plgpu.Barrier(num_arrivals=num_copies, num_barriers=config.stages),
+        empty_barrier=_empty_barrier(plan),
+        out_smem=epilogue.output_buffer(
+            config.warpgroups, plan.output_columns, problem.out_dtype, config.swap_operands
+        ),
+    )
+    if problem.has_bias:
+        types["bias_smem"] = plgpu.SMEM((plan.bias_slab,), bias_dtype)
+        types["bias_full"] = plgpu.Barrier()
+        types["bias_empty"] = plgpu.Barrier(num_arrivals=config.warpgroups)
+    if config.split_k > 1:
+        types["partial_smem"] = split_k.partial_buffer(config.warpgroups, plan.columns.tile)
+        types["ready_barrier"] = split_k.exchange_barrier(config.warpgroups)
+        types["used_barrier"] = split_k.exchange_barrier(config.warpgroups)
+    return types
+
+
+def _empty_barrier(plan: Plan) -> Any:
+    """The barriers that free a stage; a cluster barrier takes one arrival a warpgroup, a plain one takes 128."""
+    sizes = dict(num_arrivals=plan.config.warpgroups, num_barriers=plan.config.stages)
+    if loads_scales_late(plan.rows, plan.columns):
+        return plgpu.Barrier(**sizes)
+    axis = SHARE_AXIS if plan.config.share > 1 else LOCAL_AXIS
+    return plgpu.ClusterBarrier(collective_axes=(axis,), **sizes)
 
 
 def hopper_gemm(
@@ -62,100 +274,35 @@ def hopper_gemm(
     Returns:
         `[m, n]` of `problem.out_dtype`.
     """
-    k_tiles = cdiv(problem.k, TILE_K)
-    lhs = _operand(problem.m, config.tile_m, problem.lhs_block_shape, problem.lhs_dtype)
-    rhs = _operand(problem.n, config.tile_n, problem.rhs_block_shape, problem.rhs_dtype)
-    swap = config.swap_operands
-    rows, columns = (rhs, lhs) if swap else (lhs, rhs)
-    extents = (problem.n, problem.m) if swap else (problem.m, problem.n)
-    schedule = DenseSchedule(*extents, rows.tile, columns.tile, config.band, config.band_along_n != swap)
-    blocks = min(num_sms, schedule.num_tiles)
-    num_waves = rows.tile // (WAVE_ROWS * config.warpgroups)
+    plan = make_plan(problem, config, num_sms)
     multiply = multiply_wave_portable if interpret else multiply_wave
-    padded_n = align_up(problem.n, 16 // problem.out_dtype.itemsize)
-    bias_slab = max(config.tile_n, 64)
 
-    def kernel(*refs, full_barrier, empty_barrier, out_smem, bias_smem=None, bias_full=None, bias_empty=None, **stage):
-        lhs_refs = OperandRefs(*refs[:2], stage["lhs_values_smem"], stage["lhs_scales_smem"])
-        rhs_refs = OperandRefs(*refs[2:4], stage["rhs_values_smem"], stage["rhs_scales_smem"])
-        bias_gmem, out_gmem = (refs[4] if problem.has_bias else None), refs[-1]
-        row_side, column_side = ((rows, rhs_refs), (columns, lhs_refs)) if swap else ((rows, lhs_refs), (columns, rhs_refs))
+    def kernel(*refs, **smem):
+        lhs_refs = OperandRefs(*refs[:2], smem["lhs_values_smem"], smem["lhs_scales_smem"])
+        rhs_refs = OperandRefs(*refs[2:4], smem["rhs_values_smem"], smem["rhs_scales_smem"])
+        lhs, rhs = (plan.lhs, lhs_refs), (plan.rhs, rhs_refs)
+        sides = Sides(rhs, lhs) if config.swap_operands else Sides(lhs, rhs)
+        load_registers, compute_registers = REGISTERS[config.warpgroups]
         warpgroup = lax.axis_index("warpgroup")
-        pipeline = dict(k_tiles=k_tiles, stages=config.stages, full_barrier=full_barrier, empty_barrier=empty_barrier)
 
         @pl.when(warpgroup == config.warpgroups)
         def load():
-            plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
-
-            def load_one_tile(tile, step, iteration):
-                iteration = load_tile((row_side, column_side), tile, iteration=iteration, **pipeline)
-                if problem.has_bias:
-                    load_bias(tile, step)
-                return iteration
-
-            def load_bias(tile, step):
-                @pl.when(step > 0)
-                def wait_until_used():
-                    plgpu.barrier_wait(bias_empty)
-
-                start = tile.row_start if swap else tile.column_start
-                plgpu.copy_gmem_to_smem(bias_gmem.at[pl.ds(start, bias_slab)], bias_smem, bias_full)
-
-            @plgpu.warp_map
-            def per_warp(warp):
-                @pl.when(warp == 0)
-                def load_tiles():
-                    iterations = for_each_tile(schedule, load_one_tile, jnp.int32(0))
-                    drain(empty_barrier, config.stages, iterations)
-                    if problem.has_bias:
-                        plgpu.barrier_wait(bias_empty)
+            plgpu.set_max_registers(load_registers, action="decrease")
+            load_role(plan, sides, refs[4] if problem.has_bias else None, smem)
 
         @pl.when(warpgroup < config.warpgroups)
         def compute():
-            plgpu.set_max_registers(COMPUTE_REGISTERS[config.warpgroups], action="increase")
-            first_row = warpgroup * (num_waves * WAVE_ROWS)
-            store = epilogue.store_wave_transposed if swap else epilogue.store_wave
+            plgpu.set_max_registers(compute_registers, action="increase")
+            compute_role(plan, sides, refs[-1], smem, multiply)
 
-            def compute_one_tile(tile, step, slot):
-                del step
-                sums, slot = compute_tile(
-                    row_side, column_side, tile, first_row, num_waves, slot=slot, multiply_wave=multiply, **pipeline
-                )
-                if problem.has_bias:
-                    plgpu.barrier_wait(bias_full)
-                for wave, parts in enumerate(sums):
-                    row = first_row + wave * WAVE_ROWS
-                    if problem.has_bias:
-                        parts = epilogue.add_bias(parts, bias_smem, row, swap)
-                    parts = [epilogue.activate(part, problem.activation) for part in parts]
-                    store(parts, out_smem.at[warpgroup], out_gmem, tile.row_start + row, tile.column_start)
-                if problem.has_bias:
-                    plgpu.barrier_arrive(bias_empty)
-                return slot
-
-            for_each_tile(schedule, compute_one_tile, jnp.int32(0))
-            plgpu.wait_smem_to_gmem(0)
-
-    lhs_buffers, rhs_buffers = stage_buffers(lhs, config.stages), stage_buffers(rhs, config.stages)
-    scratch = dict(
-        lhs_values_smem=lhs_buffers[0], lhs_scales_smem=lhs_buffers[1],
-        rhs_values_smem=rhs_buffers[0], rhs_scales_smem=rhs_buffers[1],
-        full_barrier=plgpu.Barrier(num_arrivals=lhs.num_copies + rhs.num_copies, num_barriers=config.stages),
-        empty_barrier=plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.stages),
-        out_smem=epilogue.output_buffer(config.warpgroups, columns.tile, problem.out_dtype, swap),
-    )  # fmt: skip
-    if problem.has_bias:
-        scratch |= dict(
-            bias_smem=plgpu.SMEM((bias_slab,), bias.dtype),
-            bias_full=plgpu.Barrier(),
-            bias_empty=plgpu.Barrier(num_arrivals=config.warpgroups),
-        )
     call = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((problem.m, padded_n), problem.out_dtype),
-        scratch_types=scratch,
-        grid=(blocks,),
+        out_type=jax.ShapeDtypeStruct((problem.m, plan.padded_n), problem.out_dtype),
+        scratch_types=scratch_types(plan, bias.dtype if problem.has_bias else None),
+        grid=(min(num_sms // (config.share * config.split_k), plan.schedule.num_tiles),),
         grid_names=(SM_AXIS,),
+        cluster=(config.share, config.split_k, 1),
+        cluster_names=(SHARE_AXIS, SPLIT_AXIS, LOCAL_AXIS),
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
         interpret=interpret,
@@ -166,8 +313,4 @@ def hopper_gemm(
     )
     operands = (lhs_values, lhs_scales, rhs_values, rhs_scales) + ((bias,) if problem.has_bias else ())
     out = call(*operands)
-    return out if padded_n == problem.n else out[:, : problem.n]
-
-
-def _operand(rows: int, tile: int, block_shape: tuple[int, int], dtype: Any) -> Operand:
-    return Operand(tile, block_shape[0] == 1, cdiv(rows, 128), dtype)
+    return out if plan.padded_n == problem.n else out[:, : problem.n]

@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxgemm.kernels.schedule import Tile
+from jaxgemm.kernels.schedule import SHARE_AXIS, Tile
 from jaxgemm.kernels.wave import ACCUMULATOR_LAYOUT, OPERAND_TRANSFORMS, TILE_K, WAVE_ROWS
 from jaxgemm.layout import cdiv
 
@@ -39,6 +39,7 @@ class Operand:
     scale_per_row: bool
     num_scale_blocks: int
     dtype: Any
+    multicast: bool = False
 
     @property
     def scales_per_stage(self) -> int:
@@ -52,6 +53,13 @@ class Operand:
     def num_copies(self) -> int:
         """TMA copies that bring one k tile of it."""
         return 1 + self.scale_per_row
+
+
+class KRange(NamedTuple):
+    """The k tiles that a block sums: the first one, and how many."""
+
+    first: jax.Array | int
+    count: jax.Array | int
 
 
 class OperandRefs(NamedTuple):
@@ -77,7 +85,7 @@ def next_slot(slot: jax.Array, stages: int) -> jax.Array:
 def load_tile(
     operands: tuple[tuple[Operand, OperandRefs], ...],
     starts: Tile,
-    k_tiles: int,
+    k_range: KRange,
     stages: int,
     full_barrier: Any,
     empty_barrier: Any,
@@ -92,18 +100,18 @@ def load_tile(
     Args:
         operands: (description, references) of the rows and of the columns operand.
         starts: where the tile starts along each.
-        k_tiles: k tiles to load.
+        k_range: k tiles to load.
         stages: stages of the pipeline.
         full_barrier: one barrier a stage.
         empty_barrier: one barrier a stage.
         iteration: k tiles loaded before, in all tiles.
 
     Returns:
-        `iteration + k_tiles`.
+        `iteration + k_range.count`.
     """
 
     def read_block_scales(k_index):
-        k_index = lax.min(k_index, k_tiles - 1)
+        k_index = k_range.first + lax.min(k_index, k_range.count - 1)
         return [
             [
                 refs.scales_gmem[lax.min(lax.div(start, SCALE_BLOCK_ROWS) + i, operand.num_scale_blocks - 1), k_index]
@@ -113,11 +121,12 @@ def load_tile(
             if not operand.scale_per_row
         ]
 
-    def load_k_tile(k_index, carry):
+    def load_k_tile(step, carry):
         slot, block_scales = carry
-        upcoming_scales = read_block_scales(k_index + 1)
+        k_index = k_range.first + step
+        upcoming_scales = read_block_scales(step + 1)
 
-        @pl.when(iteration + k_index >= stages)
+        @pl.when(iteration + step >= stages)
         def wait_until_consumed():
             plgpu.barrier_wait(empty_barrier.at[slot])
 
@@ -133,12 +142,15 @@ def load_tile(
                 slab = pl.ds(start, operand.scales_per_stage)
                 plgpu.copy_gmem_to_smem(refs.scales_gmem.at[k_index, slab], refs.scales_smem.at[slot], barrier)
             box = pl.ds(start, operand.tile), pl.ds(k_index * TILE_K, TILE_K)
-            plgpu.copy_gmem_to_smem(refs.values_gmem.at[box], refs.values_smem.at[slot], barrier)
+            axes = SHARE_AXIS if operand.multicast else None
+            plgpu.copy_gmem_to_smem(
+                refs.values_gmem.at[box], refs.values_smem.at[slot], barrier, collective_axes=axes
+            )
         return next_slot(slot, stages), upcoming_scales
 
     slot = lax.rem(iteration, jnp.int32(stages))
-    lax.fori_loop(0, k_tiles, load_k_tile, (slot, read_block_scales(jnp.int32(0))))
-    return iteration + k_tiles
+    lax.fori_loop(0, k_range.count, load_k_tile, (slot, read_block_scales(jnp.int32(0))))
+    return iteration + k_range.count
 
 
 def drain(empty_barrier: Any, stages: int, iteration: jax.Array) -> None:
@@ -155,7 +167,7 @@ def compute_tile(
     starts: Tile,
     first_row: jax.Array,
     num_waves: int,
-    k_tiles: int,
+    k_range: KRange,
     stages: int,
     full_barrier: Any,
     empty_barrier: Any,
@@ -173,7 +185,7 @@ def compute_tile(
         starts: where the tile starts.
         first_row: this warpgroup's first row within the tile.
         num_waves: waves of 64 rows it computes.
-        k_tiles: k tiles to sum.
+        k_range: k tiles to sum.
         stages: stages of the pipeline.
         full_barrier: waited on.
         empty_barrier: arrived at once a stage has been read.
@@ -183,34 +195,50 @@ def compute_tile(
     Returns:
         The float32 sums, one list of column chunks `[64, chunk]` a wave, and the next stage.
     """
+    late = loads_scales_late(rows[0], columns[0])
     chunk = chunk_columns(columns[0])
     chunks = range(0, columns[0].tile, chunk)
+    wave_rows = [first_row + wave * WAVE_ROWS for wave in range(num_waves)]
 
-    def promote(slot, row, partial, sums):
-        row_scale = _load_scales(rows, slot, starts.row_start, row, WAVE_ROWS, axis=0)
-        scaled = []
-        for column, accumulated in zip(chunks, sums, strict=True):
-            column_scale = _load_scales(columns, slot, starts.column_start, column, chunk, axis=1)
-            part = partial if chunk == columns[0].tile else partial[:, column : column + chunk]
-            scaled.append(accumulated + _scale(part, row_scale, column_scale))
-        return scaled
+    def promote(partial, sums, row_scale, column_scales):
+        parts = [partial[:, column : column + chunk] for column in chunks] if len(chunks) > 1 else [partial]
+        return [
+            accumulated + _scale(part, row_scale, column_scale)
+            for part, accumulated, column_scale in zip(parts, sums, column_scales, strict=True)
+        ]
 
     def accumulate_k_tile(_, carry):
         slot, sums, recycled = carry
         plgpu.barrier_wait(full_barrier.at[slot])
+        load_row_scales = lambda row: _load_scales(rows, slot, starts.row_start, row, WAVE_ROWS, axis=0)
+        load_column_scales = lambda: [
+            _load_scales(columns, slot, starts.column_start, column, chunk, axis=1) for column in chunks
+        ]
+        if not late:
+            row_scales, column_scales = [load_row_scales(row) for row in wave_rows], load_column_scales()
         new_sums = []
-        for wave in range(num_waves):
-            row = first_row + wave * WAVE_ROWS
+        for wave, row in enumerate(wave_rows):
             rows_smem = rows[1].values_smem.at[slot, pl.ds(row, WAVE_ROWS)]
             recycled = multiply_wave(rows_smem, columns[1].values_smem.at[slot], recycled)
-            new_sums.append(promote(slot, row, recycled, sums[wave]))
+            scales = (load_row_scales(row), load_column_scales()) if late else (row_scales[wave], column_scales)
+            new_sums.append(promote(recycled, sums[wave], *scales))
         plgpu.barrier_arrive(empty_barrier.at[slot])
         return next_slot(slot, stages), new_sums, recycled
 
     zero = lambda width: plgpu.layout_cast(jnp.zeros((WAVE_ROWS, width), jnp.float32), ACCUMULATOR_LAYOUT)
     sums = [[zero(chunk) for _ in chunks] for _ in range(num_waves)]
-    slot, sums, _ = lax.fori_loop(0, k_tiles, accumulate_k_tile, (slot, sums, zero(columns[0].tile)))
+    slot, sums, _ = lax.fori_loop(0, k_range.count, accumulate_k_tile, (slot, sums, zero(columns[0].tile)))
     return sums, slot
+
+
+def loads_scales_late(rows: Operand, columns: Operand) -> bool:
+    """Whether scales are read after each wave's product: if many, they would crowd out the sums.
+
+    NOTE: the scales that are read before the last product have been read by all warps of the warpgroup once that
+    product is complete, since it needs them all; then one thread can release the stage for them all. Late ones
+    have not, and every thread must arrive.
+    """
+    return rows.scale_per_row and columns.scale_per_row
 
 
 def chunk_columns(columns: Operand) -> int:
