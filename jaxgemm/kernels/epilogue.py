@@ -12,6 +12,9 @@ from jaxgemm.kernels.wave import ACCUMULATOR_LAYOUT, WAVE_ROWS
 
 SWIZZLE_BYTES = 128
 
+STAGED_BYTES = 16384
+"""Most bytes of the output that a warpgroup stages before it stores them."""
+
 
 def activate(values: jax.Array, activation: str | None) -> jax.Array:
     """Applies "relu", "gelu" (tanh form) or "silu" to float32 values."""
@@ -31,7 +34,7 @@ def output_chunk(columns: int, out_dtype: Any) -> int:
 
 
 def output_buffer(num_warpgroups: int, tile_columns: int, out_dtype: Any, transposed: bool) -> Any:
-    """The shared-memory type in which each compute warpgroup stages one wave of the output.
+    """The shared-memory type in which each compute warpgroup stages (a part of) one wave of the output.
 
     `[warpgroups, chunks, 64, chunk]`, swizzled; if the tile is computed transposed, `[warpgroups, tile_columns, 64]`.
     """
@@ -40,8 +43,10 @@ def output_buffer(num_warpgroups: int, tile_columns: int, out_dtype: Any, transp
         transforms = (plgpu.SwizzleTransform(SWIZZLE_BYTES),) if row_bytes == SWIZZLE_BYTES else ()
         return plgpu.SMEM((num_warpgroups, tile_columns, WAVE_ROWS), out_dtype, transforms=transforms)
     chunk = output_chunk(tile_columns, out_dtype)
-    transforms = (plgpu.SwizzleTransform(chunk * jnp.dtype(out_dtype).itemsize),)
-    return plgpu.SMEM((num_warpgroups, tile_columns // chunk, WAVE_ROWS, chunk), out_dtype, transforms=transforms)
+    chunk_bytes = chunk * jnp.dtype(out_dtype).itemsize
+    num_chunks = min(tile_columns // chunk, max(1, STAGED_BYTES // (WAVE_ROWS * chunk_bytes)))
+    shape = (num_warpgroups, num_chunks, WAVE_ROWS, chunk)
+    return plgpu.SMEM(shape, out_dtype, transforms=(plgpu.SwizzleTransform(chunk_bytes),))
 
 
 def add_bias(sums: list[jax.Array], bias_smem: Any, row: jax.Array, transposed: bool) -> list[jax.Array]:
@@ -72,18 +77,18 @@ def store_wave(sums: list[jax.Array], out_smem: Any, out_gmem: Any, row: jax.Arr
 
     NOTE: the store is awaited only before the buffer is written again, so that it overlaps the next tile.
     """
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    chunk, first = out_smem.shape[-1], 0
-    for part in sums:
-        for offset in range(0, part.shape[1], chunk):
-            values = part if part.shape[1] == chunk else part[:, offset : offset + chunk]
-            out_smem[(first + offset) // chunk] = values.astype(out_smem.dtype)
-        first += part.shape[1]
-    plgpu.commit_smem()
-    for index in range(out_smem.shape[0]):
-        window = pl.ds(row, WAVE_ROWS), pl.ds(column + index * chunk, chunk)
-        plgpu.copy_smem_to_gmem(out_smem.at[index], out_gmem.at[window], commit_group=False)
-    plgpu.commit_smem_to_gmem_group()
+    num_chunks, chunk = out_smem.shape[0], out_smem.shape[-1]
+    pieces = [part[:, i : i + chunk] for part in sums for i in range(0, part.shape[1], chunk)]
+    for first in range(0, len(pieces), num_chunks):
+        staged = pieces[first : first + num_chunks]
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        for index, piece in enumerate(staged):
+            out_smem[index] = piece.astype(out_smem.dtype)
+        plgpu.commit_smem()
+        for index in range(len(staged)):
+            window = pl.ds(row, WAVE_ROWS), pl.ds(column + (first + index) * chunk, chunk)
+            plgpu.copy_smem_to_gmem(out_smem.at[index], out_gmem.at[window], commit_group=False)
+        plgpu.commit_smem_to_gmem_group()
 
 
 def store_wave_transposed(sums: list[jax.Array], out_smem: Any, out_gmem: Any, row: jax.Array, column: jax.Array) -> None:
