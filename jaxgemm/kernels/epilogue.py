@@ -1,0 +1,104 @@
+"""The end of a tile: bias and activation on the float32 sums, and their way to the output."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxgemm.kernels.wave import ACCUMULATOR_LAYOUT, WAVE_ROWS
+
+SWIZZLE_BYTES = 128
+
+STAGED_BYTES = 16384
+"""Most bytes of the output that a warpgroup stages before it stores them."""
+
+
+def activate(values: jax.Array, activation: str | None) -> jax.Array:
+    """Applies "relu", "gelu" (tanh form) or "silu" to float32 values."""
+    if activation == "relu":
+        return jnp.maximum(values, 0.0)
+    if activation == "gelu":
+        return 0.5 * values * (1.0 + jnp.tanh(0.7978845608028654 * (values + 0.044715 * values * values * values)))
+    if activation == "silu":
+        return values / (1.0 + jnp.exp(-values))
+    return values
+
+
+def output_chunk(columns: int, out_dtype: Any) -> int:
+    """Columns of the output that are staged and stored together: at most one row of the swizzle."""
+    swizzle = plgpu.find_swizzle(columns * jnp.dtype(out_dtype).itemsize * 8, "the output")
+    return swizzle // jnp.dtype(out_dtype).itemsize
+
+
+def output_buffer(num_warpgroups: int, tile_columns: int, out_dtype: Any, transposed: bool) -> Any:
+    """The shared-memory type in which each compute warpgroup stages (a part of) one wave of the output.
+
+    `[warpgroups, chunks, 64, chunk]`, swizzled; if the tile is computed transposed, `[warpgroups, tile_columns, 64]`.
+    """
+    if transposed:
+        row_bytes = WAVE_ROWS * jnp.dtype(out_dtype).itemsize
+        transforms = (plgpu.SwizzleTransform(SWIZZLE_BYTES),) if row_bytes == SWIZZLE_BYTES else ()
+        return plgpu.SMEM((num_warpgroups, tile_columns, WAVE_ROWS), out_dtype, transforms=transforms)
+    chunk = output_chunk(tile_columns, out_dtype)
+    chunk_bytes = chunk * jnp.dtype(out_dtype).itemsize
+    num_chunks = min(tile_columns // chunk, max(1, STAGED_BYTES // (WAVE_ROWS * chunk_bytes)))
+    shape = (num_warpgroups, num_chunks, WAVE_ROWS, chunk)
+    return plgpu.SMEM(shape, out_dtype, transforms=(plgpu.SwizzleTransform(chunk_bytes),))
+
+
+def add_bias(sums: list[jax.Array], bias_smem: Any, row: jax.Array, transposed: bool) -> list[jax.Array]:
+    """Adds `bias [n]`, along the columns, or along the rows of a transposed tile.
+
+    Args:
+        sums: float32 chunks `[64, chunk]` of one wave.
+        bias_smem: the tile's slice of the bias.
+        row: the wave's first row within the tile.
+        transposed: whether n lies along the rows.
+
+    Returns:
+        The sums with the bias.
+    """
+    biased, column = [], 0
+    for part in sums:
+        width = part.shape[1]
+        start, length, axis = (row, WAVE_ROWS, 0) if transposed else (column, width, 1)
+        window = bias_smem.at[pl.ds(start, length)]
+        bias = plgpu.load(window, layout=ACCUMULATOR_LAYOUT.reduce(1 - axis)).astype(jnp.float32)
+        biased.append(part + lax.broadcast_in_dim(bias, part.shape, [axis]))
+        column += width
+    return biased
+
+
+def store_wave(sums: list[jax.Array], out_smem: Any, out_gmem: Any, row: jax.Array, column: jax.Array) -> None:
+    """Stores one wave as `[64, tile_columns]` of the output; what lies past its end is clipped by TMA.
+
+    NOTE: the store is awaited only before the buffer is written again, so that it overlaps the next tile.
+    """
+    num_chunks, chunk = out_smem.shape[0], out_smem.shape[-1]
+    pieces = [part[:, i : i + chunk] for part in sums for i in range(0, part.shape[1], chunk)]
+    for first in range(0, len(pieces), num_chunks):
+        staged = pieces[first : first + num_chunks]
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        for index, piece in enumerate(staged):
+            out_smem[index] = piece.astype(out_smem.dtype)
+        plgpu.commit_smem()
+        for index in range(len(staged)):
+            window = pl.ds(row, WAVE_ROWS), pl.ds(column + (first + index) * chunk, chunk)
+            plgpu.copy_smem_to_gmem(out_smem.at[index], out_gmem.at[window], commit_group=False)
+        plgpu.commit_smem_to_gmem_group()
+
+
+def store_wave_transposed(sums: list[jax.Array], out_smem: Any, out_gmem: Any, row: jax.Array, column: jax.Array) -> None:
+    """Stores one wave `[64, tile_columns]` as `[tile_columns, 64]` of the output."""
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    first = 0
+    for part in sums:
+        values = plgpu.layout_cast(part.astype(out_smem.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+        out_smem.at[first : first + part.shape[1]].T[...] = values
+        first += part.shape[1]
+    plgpu.commit_smem()
+    window = pl.ds(column, out_smem.shape[0]), pl.ds(row, WAVE_ROWS)
+    plgpu.copy_smem_to_gmem(out_smem, out_gmem.at[window])

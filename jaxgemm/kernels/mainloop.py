@@ -1,0 +1,267 @@
+"""The main loop shared by every FP8 kernel on Hopper: one warp loads, two or three warpgroups multiply and promote.
+
+A tile is computed from a *rows* operand (the M side of wgmma) and a *columns* operand (its N side), both K-major.
+Either may be scaled by 1x128 blocks (one scale a row and k tile) or by 128x128 blocks (one scale for 128 rows).
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxgemm.kernels.schedule import SHARE_AXIS, Tile
+from jaxgemm.kernels.wave import ACCUMULATOR_LAYOUT, OPERAND_TRANSFORMS, TILE_K, WAVE_ROWS
+from jaxgemm.layout import cdiv
+
+SCALE_BLOCK_ROWS = 128
+MIN_SLAB = 32
+"""Fewest scales a TMA copy may bring: 128 bytes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """One side of the product.
+
+    Attributes:
+        tile: rows of it in a tile.
+        scale_per_row: True if scaled by 1x128 blocks, False if by 128x128.
+        num_scale_blocks: rows of the stored 128x128 scales; unused if scale_per_row.
+        dtype: FP8.
+    """
+
+    tile: int
+    scale_per_row: bool
+    num_scale_blocks: int
+    dtype: Any
+    multicast: bool = False
+
+    @property
+    def scales_per_stage(self) -> int:
+        """Scales held in shared memory for one k tile."""
+        if self.scale_per_row:
+            return max(self.tile, MIN_SLAB)
+        furthest_start = SCALE_BLOCK_ROWS - math.gcd(self.tile, SCALE_BLOCK_ROWS)
+        return cdiv(furthest_start + self.tile, SCALE_BLOCK_ROWS)
+
+    @property
+    def num_copies(self) -> int:
+        """TMA copies that bring one k tile of it."""
+        return 1 + self.scale_per_row
+
+
+class KRange(NamedTuple):
+    """The k tiles that a block sums: the first one, and how many."""
+
+    first: jax.Array | int
+    count: jax.Array | int
+
+
+class OperandRefs(NamedTuple):
+    """References to one operand: stored values and scales in GMEM, and their stages in SMEM."""
+
+    values_gmem: Any
+    scales_gmem: Any
+    values_smem: Any
+    scales_smem: Any
+
+
+def stage_buffers(operand: Operand, stages: int) -> tuple[Any, Any]:
+    """The shared-memory types of an operand's values and scales."""
+    values = plgpu.SMEM((stages, operand.tile, TILE_K), operand.dtype, transforms=OPERAND_TRANSFORMS)
+    return values, plgpu.SMEM((stages, operand.scales_per_stage), jnp.float32)
+
+
+def next_slot(slot: jax.Array, stages: int) -> jax.Array:
+    """The stage after this one."""
+    return lax.select(slot == stages - 1, jnp.int32(0), slot + 1)
+
+
+def load_tile(
+    operands: tuple[tuple[Operand, OperandRefs], ...],
+    starts: Tile,
+    k_range: KRange,
+    stages: int,
+    full_barrier: Any,
+    empty_barrier: Any,
+    iteration: jax.Array,
+) -> jax.Array:
+    """The loading warp's part of a tile: brings every k tile of both operands into the next free stage.
+
+    Waits on `empty_barrier` (arrived at by every compute warpgroup), arrives at `full_barrier`. Block scales are
+    single numbers, which TMA cannot copy: they are read one k tile ahead, and written to the stage by this warp
+    before it arrives.
+
+    Args:
+        operands: (description, references) of the rows and of the columns operand.
+        starts: where the tile starts along each.
+        k_range: k tiles to load.
+        stages: stages of the pipeline.
+        full_barrier: one barrier a stage.
+        empty_barrier: one barrier a stage.
+        iteration: k tiles loaded before, in all tiles.
+
+    Returns:
+        `iteration + k_range.count`.
+    """
+
+    def read_block_scales(k_index):
+        k_index = k_range.first + lax.min(k_index, k_range.count - 1)
+        return [
+            [
+                refs.scales_gmem[lax.min(lax.div(start, SCALE_BLOCK_ROWS) + i, operand.num_scale_blocks - 1), k_index]
+                for i in range(operand.scales_per_stage)
+            ]
+            for (operand, refs), start in zip(operands, starts, strict=True)
+            if not operand.scale_per_row
+        ]
+
+    def load_k_tile(step, carry):
+        slot, block_scales = carry
+        k_index = k_range.first + step
+        upcoming_scales = read_block_scales(step + 1)
+
+        @pl.when(iteration + step >= stages)
+        def wait_until_consumed():
+            plgpu.barrier_wait(empty_barrier.at[slot])
+
+        pending = iter(block_scales)
+        for operand, refs in operands:
+            if not operand.scale_per_row:
+                for i, scale in enumerate(next(pending)):
+                    refs.scales_smem[slot, i] = scale
+
+        barrier = full_barrier.at[slot]
+        for (operand, refs), start in zip(operands, starts, strict=True):
+            if operand.scale_per_row:
+                slab = pl.ds(start, operand.scales_per_stage)
+                plgpu.copy_gmem_to_smem(refs.scales_gmem.at[k_index, slab], refs.scales_smem.at[slot], barrier)
+            box = pl.ds(start, operand.tile), pl.ds(k_index * TILE_K, TILE_K)
+            axes = SHARE_AXIS if operand.multicast else None
+            plgpu.copy_gmem_to_smem(
+                refs.values_gmem.at[box], refs.values_smem.at[slot], barrier, collective_axes=axes
+            )
+        return next_slot(slot, stages), upcoming_scales
+
+    slot = lax.rem(iteration, jnp.int32(stages))
+    lax.fori_loop(0, k_range.count, load_k_tile, (slot, read_block_scales(jnp.int32(0))))
+    return iteration + k_range.count
+
+
+def drain(empty_barrier: Any, stages: int, iteration: jax.Array) -> None:
+    """Waits until every stage loaded so far has been read, so that no arrival is left behind when the block ends."""
+
+    @pl.loop(0, lax.min(iteration, jnp.int32(stages)))
+    def wait(age):
+        plgpu.barrier_wait(empty_barrier.at[lax.rem(iteration - 1 - age, jnp.int32(stages))])
+
+
+def compute_tile(
+    rows: tuple[Operand, OperandRefs],
+    columns: tuple[Operand, OperandRefs],
+    starts: Tile,
+    first_row: jax.Array,
+    num_waves: int,
+    k_range: KRange,
+    stages: int,
+    full_barrier: Any,
+    empty_barrier: Any,
+    slot: jax.Array,
+    multiply_wave: Callable[..., jax.Array],
+) -> tuple[list[list[jax.Array]], jax.Array]:
+    """A compute warpgroup's part of a tile: multiplies each k tile, scales the partial and adds it in float32.
+
+    Hopper's FP8 tensor core keeps fewer than 24 bits of a sum, hence the promotion every 128 of k (DeepSeek-V3
+    report, section 3.3.2).
+
+    Args:
+        rows: description and references of the rows operand.
+        columns: of the columns operand.
+        starts: where the tile starts.
+        first_row: this warpgroup's first row within the tile.
+        num_waves: waves of 64 rows it computes.
+        k_range: k tiles to sum.
+        stages: stages of the pipeline.
+        full_barrier: waited on.
+        empty_barrier: arrived at once a stage has been read.
+        slot: the next stage.
+        multiply_wave: see `jaxgemm.kernels.wave`.
+
+    Returns:
+        The float32 sums, one list of column chunks `[64, chunk]` a wave, and the next stage.
+    """
+    late = loads_scales_late(rows[0], columns[0])
+    chunk = chunk_columns(columns[0])
+    chunks = range(0, columns[0].tile, chunk)
+    wave_rows = [first_row + wave * WAVE_ROWS for wave in range(num_waves)]
+
+    def promote(partial, sums, row_scale, column_scales):
+        parts = [partial[:, column : column + chunk] for column in chunks] if len(chunks) > 1 else [partial]
+        return [
+            accumulated + _scale(part, row_scale, column_scale)
+            for part, accumulated, column_scale in zip(parts, sums, column_scales, strict=True)
+        ]
+
+    def accumulate_k_tile(_, carry):
+        slot, sums, recycled = carry
+        plgpu.barrier_wait(full_barrier.at[slot])
+        load_row_scales = lambda row: _load_scales(rows, slot, starts.row_start, row, WAVE_ROWS, axis=0)
+        load_column_scales = lambda: [
+            _load_scales(columns, slot, starts.column_start, column, chunk, axis=1) for column in chunks
+        ]
+        if not late:
+            row_scales, column_scales = [load_row_scales(row) for row in wave_rows], load_column_scales()
+        new_sums = []
+        for wave, row in enumerate(wave_rows):
+            rows_smem = rows[1].values_smem.at[slot, pl.ds(row, WAVE_ROWS)]
+            recycled = multiply_wave(rows_smem, columns[1].values_smem.at[slot], recycled)
+            scales = (load_row_scales(row), load_column_scales()) if late else (row_scales[wave], column_scales)
+            new_sums.append(promote(recycled, sums[wave], *scales))
+        plgpu.barrier_arrive(empty_barrier.at[slot])
+        return next_slot(slot, stages), new_sums, recycled
+
+    zero = lambda width: plgpu.layout_cast(jnp.zeros((WAVE_ROWS, width), jnp.float32), ACCUMULATOR_LAYOUT)
+    sums = [[zero(chunk) for _ in chunks] for _ in range(num_waves)]
+    slot, sums, _ = lax.fori_loop(0, k_range.count, accumulate_k_tile, (slot, sums, zero(columns[0].tile)))
+    return sums, slot
+
+
+def loads_scales_late(rows: Operand, columns: Operand) -> bool:
+    """Whether scales are read after each wave's product: if many, they would crowd out the sums.
+
+    NOTE: the scales that are read before the last product have been read by all warps of the warpgroup once that
+    product is complete, since it needs them all; then one thread can release the stage for them all. Late ones
+    have not, and every thread must arrive.
+    """
+    return rows.scale_per_row and columns.scale_per_row
+
+
+def chunk_columns(columns: Operand) -> int:
+    """Columns that are promoted together: they share a block scale, wherever the tile starts."""
+    return columns.tile if columns.scale_per_row else math.gcd(columns.tile, SCALE_BLOCK_ROWS)
+
+
+def _load_scales(side: tuple[Operand, OperandRefs], slot, tile_start, offset, length: int, axis: int):
+    """The scales of `length` rows of an operand from `offset` of its tile on: a vector, or one number."""
+    operand, refs = side
+    if operand.scale_per_row:
+        layout = ACCUMULATOR_LAYOUT.reduce(1 - axis)
+        return plgpu.load(refs.scales_smem.at[slot, pl.ds(offset, length)], layout=layout)
+    if operand.scales_per_stage == 1:
+        return refs.scales_smem[slot, 0]
+    block = lax.div(tile_start + offset, SCALE_BLOCK_ROWS) - lax.div(tile_start, SCALE_BLOCK_ROWS)
+    return refs.scales_smem[slot, block]
+
+
+def _scale(partial: jax.Array, row_scale: jax.Array, column_scale: jax.Array) -> jax.Array:
+    """`partial * row_scale * column_scale`, with as few multiplications of the whole tile as possible."""
+    if row_scale.ndim and column_scale.ndim:
+        by_column = lax.broadcast_in_dim(column_scale, partial.shape, [1])
+        return partial * by_column * lax.broadcast_in_dim(row_scale, partial.shape, [0])
+    axis = 0 if row_scale.ndim else 1
+    return partial * lax.broadcast_in_dim(row_scale * column_scale, partial.shape, [axis])

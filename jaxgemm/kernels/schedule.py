@@ -1,0 +1,97 @@
+"""Which tile of the output a persistent block computes, and when: the one thing in which the kernel families differ.
+
+A schedule is a small object with `num_tiles` and `tile(index)`. `for_each_tile` walks it: cluster `c` of `C` takes the
+tiles `c, c + C, c + 2 C, ...`, and every warpgroup of every block in it walks the same ones.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxgemm.layout import cdiv
+
+SM_AXIS = "sm"
+"""Grid axis: clusters launched."""
+
+SHARE_AXIS = "share"
+"""Cluster axis: blocks that take neighbouring tiles and share the loads of the rows operand."""
+
+SPLIT_AXIS = "split"
+"""Cluster axis: blocks that take the same tile and parts of k."""
+
+LOCAL_AXIS = "local"
+"""Cluster axis of size one, for cluster barriers that stay within a block (one arrival a warpgroup, not 128)."""
+
+
+class Tile(NamedTuple):
+    """One tile of the output: where it starts along each operand's rows, in elements (int32 scalars)."""
+
+    row_start: jax.Array
+    column_start: jax.Array
+
+
+class TileSchedule(Protocol):
+    """What the main loop needs to know of a schedule."""
+
+    @property
+    def num_tiles(self) -> int | jax.Array:
+        """Tiles to compute in all; those of one cluster count once."""
+
+    def tile(self, index: jax.Array) -> Tile:
+        """The tile of this number (int32 scalar)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseSchedule:
+    """Every tile of a `[rows, columns]` output, in an order that keeps the operands of running tiles in the L2 cache.
+
+    The tiles are walked in bands of `band` tiles of rows (or of columns, if `band_along_columns`), back and forth.
+
+    Attributes:
+        rows: rows of the output.
+        columns: columns of the output.
+        tile_rows: rows of a tile.
+        tile_columns: columns of a tile.
+        share: blocks of a cluster that take neighbouring tiles along the columns.
+        band: width of a band, in tiles.
+        band_along_columns: whether a band is so many tiles of columns wide.
+    """
+
+    rows: int
+    columns: int
+    tile_rows: int
+    tile_columns: int
+    share: int = 1
+    band: int = 8
+    band_along_columns: bool = False
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Tiles along the rows, and clusters of tiles along the columns."""
+        return cdiv(self.rows, self.tile_rows), cdiv(self.columns, self.tile_columns * self.share)
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles in all; those of one cluster count once."""
+        return self.grid[0] * self.grid[1]
+
+    def tile(self, index: jax.Array) -> Tile:
+        """The tile of this number."""
+        minor = int(self.band_along_columns)
+        row, column = plgpu.planar_snake(index, self.grid, minor, min(self.band, self.grid[minor]))
+        if self.share > 1:
+            column = column * self.share + lax.axis_index(SHARE_AXIS)
+        return Tile(row * self.tile_rows, column * self.tile_columns)
+
+
+def for_each_tile(schedule: TileSchedule, body: Callable[[Tile, jax.Array, Any], Any], carry: Any) -> Any:
+    """Runs `carry = body(tile, step, carry)` for this cluster's tiles; `step` counts them from 0."""
+    cluster, num_clusters = lax.axis_index(SM_AXIS), lax.axis_size(SM_AXIS)
+    steps = lax.div(jnp.int32(schedule.num_tiles) - cluster + (num_clusters - 1), jnp.int32(num_clusters))
+    next_tile = lambda step: schedule.tile(cluster + step * num_clusters)
+    return lax.fori_loop(0, steps, lambda step, carry: body(next_tile(step), step, carry), carry)

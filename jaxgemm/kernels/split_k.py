@@ -1,0 +1,62 @@
+"""Summing a tile whose k tiles were shared out among the blocks of a cluster, through their shared memories.
+
+Each block writes its float32 partial sums; then each adds up, in the order of the blocks, one slice of the columns.
+The order is fixed, so the result is the same in every run.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxgemm.kernels.schedule import SPLIT_AXIS
+from jaxgemm.kernels.wave import ACCUMULATOR_LAYOUT, WAVE_ROWS
+from jaxgemm.layout import cdiv
+
+MIN_SLICE = 8
+"""Fewest columns of a wgmma accumulator."""
+
+
+def slice_columns(tile_columns: int, split_k: int) -> int:
+    """Columns of the tile that each block of the cluster adds up."""
+    return max(MIN_SLICE, cdiv(tile_columns, split_k * MIN_SLICE) * MIN_SLICE)
+
+
+def partial_buffer(num_warpgroups: int, tile_columns: int) -> Any:
+    """The shared-memory type of a block's partial sums."""
+    return plgpu.SMEM((num_warpgroups, WAVE_ROWS, tile_columns), jnp.float32)
+
+
+def exchange_barrier(num_warpgroups: int) -> Any:
+    """The type of a barrier at which all compute warpgroups of the cluster meet."""
+    return plgpu.ClusterBarrier(collective_axes=(SPLIT_AXIS,), num_arrivals=num_warpgroups)
+
+
+def sum_slice(sums: jax.Array, partial_smem: Any, ready_barrier: Any, split_k: int, rank: jax.Array) -> jax.Array:
+    """Publishes this block's partial sums of a wave and returns the total of its slice of the columns.
+
+    Args:
+        sums: float32 `[64, tile_columns]`, this block's part.
+        partial_smem: this warpgroup's part of the buffer.
+        ready_barrier: arrived at and waited on by the compute warpgroups of the cluster.
+        split_k: blocks of the cluster.
+        rank: this block's number among them.
+
+    Returns:
+        float32 `[64, slice]`. Blocks past the last slice return an undefined array.
+    """
+    partial_smem[...] = sums
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(ready_barrier)
+    plgpu.barrier_wait(ready_barrier)
+    width = slice_columns(sums.shape[1], split_k)
+    start = lax.min(rank * width, sums.shape[1] - width)
+    total = None
+    for peer in range(split_k):
+        remote_smem = plgpu.cluster_ref(partial_smem.at[:, pl.ds(start, width)], {SPLIT_AXIS: jnp.int32(peer)})
+        part = plgpu.load(remote_smem, layout=ACCUMULATOR_LAYOUT, optimized=False)
+        total = part if total is None else total + part
+    return total

@@ -1,0 +1,140 @@
+"""One wave of the main loop: the tensor core's product of 64 rows over one k tile, as float32 registers."""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
+
+WAVE_ROWS = 64
+"""Rows of one wgmma of one warpgroup (PTX ISA, `wgmma.mma_async`)."""
+
+TILE_K = 128
+"""The k tile: one scaling block, 128 bytes of FP8, one row of a 128-byte swizzle."""
+
+INSTRUCTION_K = 32
+"""Depth of one FP8 wgmma (PTX ISA, `wgmma.mma_async`)."""
+
+OPERAND_TRANSFORMS = (plgpu.TilingTransform((8, TILE_K)), plgpu.SwizzleTransform(TILE_K))
+"""How an FP8 operand lies in shared memory: 8x128 tiles, swizzled by 128 bytes, k innermost."""
+
+ACCUMULATOR_LAYOUT = plgpu.Layout.WGMMA
+
+_FP8_NAMES = {jnp.dtype(jnp.float8_e4m3fn): "e4m3", jnp.dtype(jnp.float8_e5m2): "e5m2"}
+
+
+def multiply_wave(rows_smem, columns_smem, recycled: jax.Array | None) -> jax.Array:
+    """Returns `rows @ columns.T` of one k tile, in registers of the warpgroup that calls.
+
+    NOTE: Pallas' `wgmma` can only add to an accumulator, so each product would need fresh zeroed registers; two in
+    flight then spill. This one starts with the accumulator disabled (scale-d = 0) and writes over the registers of
+    `recycled`, so that every wave of a warpgroup uses the same ones.
+
+    Args:
+        rows_smem: FP8 reference `[64, 128]` in shared memory.
+        columns_smem: FP8 reference `[tile, 128]` in shared memory, tile a multiple of 8 up to 256.
+        recycled: float32 `[64, tile]`, a product no longer needed; None for the first.
+
+    Returns:
+        float32 `[64, tile]`.
+    """
+    shape = (rows_smem.shape[0], columns_smem.shape[0])
+    if recycled is None:
+        recycled = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), ACCUMULATOR_LAYOUT)
+    names = _FP8_NAMES[jnp.dtype(rows_smem.dtype)], _FP8_NAMES[jnp.dtype(columns_smem.dtype)]
+    operand = plgpu.RefType(OPERAND_TRANSFORMS)
+
+    @plgpu.inline_mgpu(
+        arg_types=(operand, operand, ACCUMULATOR_LAYOUT),
+        return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=ACCUMULATOR_LAYOUT),
+    )
+    def issue_and_wait(ctx, rows, columns, recycled):
+        del ctx
+        registers = _issue(_scalars(recycled), _descriptor(rows), _descriptor(columns), shape[1], names)
+        return _from_scalars(registers, recycled)
+
+    return issue_and_wait(rows_smem, columns_smem, recycled)
+
+
+def multiply_wave_portable(rows_smem, columns_smem, recycled: jax.Array | None) -> jax.Array:
+    """`multiply_wave` in plain Pallas, for the interpreter, which cannot run inlined Mosaic code."""
+    del recycled
+    shape = (rows_smem.shape[0], columns_smem.shape[0])
+
+    def product(accumulator):
+        plgpu.wgmma(accumulator, rows_smem, columns_smem.T)
+        return accumulator[...]
+
+    return pl.run_scoped(product, plgpu.ACC(shape))
+
+
+def _issue(registers, rows_descriptor, columns_descriptor, tile: int, names: tuple[str, str]):
+    """Issues the wgmmas of one k tile, waits for them and returns the registers they wrote."""
+    i32, i64, f32 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64), ir.F32Type.get()
+    count = len(registers)
+    outputs = ", ".join(f"${i}" for i in range(count))
+    rows_operand, columns_operand, accumulate = (f"${2 * count + i}" for i in range(3))
+    text = (
+        f"{{ .reg .pred p; setp.ne.b32 p, {accumulate}, 0; "
+        f"wgmma.mma_async.sync.aligned.m{WAVE_ROWS}n{tile}k{INSTRUCTION_K}.f32.{names[0]}.{names[1]} "
+        f"{{{outputs}}}, {rows_operand}, {columns_operand}, p, 1, 1; }}"
+    )
+    constraints = ",".join(["=f"] * count + [str(i) for i in range(count)] + ["l", "l", "n"])
+    result_type = llvm.StructType.get_literal([f32] * count)
+
+    registers = _fence_registers(registers)
+    nvvm.wgmma_fence_aligned()
+    for step in range(TILE_K // INSTRUCTION_K):
+        offset = llvm.ConstantOp(i64, ir.IntegerAttr.get(i64, step * INSTRUCTION_K >> 4)).result
+        operands = [arith.addi(descriptor, offset) for descriptor in (rows_descriptor, columns_descriptor)]
+        keep = llvm.ConstantOp(i32, ir.IntegerAttr.get(i32, int(step > 0))).result
+        result = llvm.inline_asm(
+            result_type, [*registers, *operands, keep], text, constraints, asm_dialect=0, has_side_effects=True
+        )
+        registers = [llvm.extractvalue(f32, result, [i]) for i in range(count)]
+    nvvm.wgmma_commit_group_sync_aligned()
+    nvvm.wgmma_wait_group_sync_aligned(0)
+    return _fence_registers(registers)
+
+
+def _fence_registers(registers):
+    """Keeps the compiler from moving reads or writes of these registers across this point."""
+    f32 = ir.F32Type.get()
+    count = len(registers)
+    constraints = ",".join(["=f"] * count + [str(i) for i in range(count)])
+    result = llvm.inline_asm(
+        llvm.StructType.get_literal([f32] * count), registers, "", constraints, asm_dialect=0, has_side_effects=True
+    )
+    return [llvm.extractvalue(f32, result, [i]) for i in range(count)]
+
+
+def _descriptor(operand: ir.Value) -> ir.Value:
+    """The matrix descriptor of a K-major operand swizzled by 128 bytes (PTX ISA, "Matrix Descriptor Format")."""
+    i64 = ir.IntegerType.get_signless(64)
+    pointer = mgpu.utils.memref_ptr(operand)
+    address = llvm.ptrtoint(i64, pointer)
+    encoded = arith.shrui(arith.andi(address, mgpu.c(0x3FFFF, i64)), mgpu.c(4, i64))
+    stride_between_tiles = 8 * TILE_K >> 4
+    swizzle_128_bytes = 1 << 30  # of the upper word
+    upper = arith.shli(mgpu.c(swizzle_128_bytes | stride_between_tiles, i64), mgpu.c(32, i64))
+    return arith.ori(encoded, upper)
+
+
+def _scalars(array: mgpu.FragmentedArray) -> list[ir.Value]:
+    """The float32 registers of an accumulator, one value each, in the order wgmma numbers them."""
+    return [
+        vector.extract(pair, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
+        for pair in array.registers.flat
+        for i in range(2)
+    ]
+
+
+def _from_scalars(scalars: list[ir.Value], like: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
+    """The inverse of `_scalars`."""
+    registers = like.registers.copy()
+    pair_type = ir.VectorType.get((2,), ir.F32Type.get())
+    for i in range(registers.size):
+        registers.flat[i] = vector.from_elements(pair_type, scalars[2 * i : 2 * i + 2])
+    return mgpu.FragmentedArray(_registers=registers, _layout=like.layout, _is_signed=None)
