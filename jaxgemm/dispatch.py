@@ -5,13 +5,15 @@ This is the only module that asks which devices there are. A new chip is a new k
 
 import contextlib
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 
-from jaxgemm import reference
+from jaxgemm import reference, tuning
 from jaxgemm.problem import GemmProblem, QuantizeProblem
+from jaxgemm.scaled_array import ROW_BLOCK, SQUARE_BLOCK
 
 Problem = GemmProblem | QuantizeProblem
 
@@ -19,25 +21,33 @@ HOPPER_CAPABILITY = "9.0"
 HOPPER_SM_COUNT = 132
 """Streaming multiprocessors of an H100 or H200 SXM: what a program lowered without a GPU at hand is laid out for."""
 
+PREFERENCE = ("mosaic", "xla")
+"""What `implementation=None` tries, best first."""
+
+logger = logging.getLogger(__name__)
 _interpret = False
 
 
 @contextlib.contextmanager
 def interpret_kernels() -> Iterator[None]:
-    """Runs the GPU kernels in Pallas' interpreter on the CPU, inside this context: for tests, slow.
+    """Runs the Hopper kernels in Pallas' interpreter on the CPU, inside this context: for tests, slow.
 
-    Applies to whatever is lowered inside; clear JAX's caches (`jax.clear_caches`) when reusing functions outside.
+    Affects what is lowered inside, so JAX's caches are cleared on the way in and out.
     """
     global _interpret
+    jax.clear_caches()
     previous, _interpret = _interpret, True
     try:
         yield
     finally:
         _interpret = previous
+        jax.clear_caches()
 
 
 def choose(problem: Problem, platform: str, implementation: str | None) -> str:
     """Returns the implementation that serves `problem` on `platform`.
+
+    On a GPU, each reason for not taking the best one is logged as a warning, once.
 
     Args:
         problem: what to compute.
@@ -47,19 +57,27 @@ def choose(problem: Problem, platform: str, implementation: str | None) -> str:
     Raises:
         NotImplementedError: if the named implementation cannot serve the problem; the message says why.
     """
-    if implementation is None:
-        return next(name for name in ("mosaic", "xla") if why_not(name, problem, platform) is None)
-    reason = why_not(implementation, problem, platform)
-    if reason is not None:
-        raise NotImplementedError(f"implementation={implementation!r} cannot serve this call: {reason}")
-    return implementation
+    if implementation is not None:
+        reason = why_not(implementation, problem, platform)
+        if reason is not None:
+            raise NotImplementedError(f"implementation={implementation!r} cannot serve this call: {reason}")
+        return implementation
+    for name in PREFERENCE:
+        reason = why_not(name, problem, platform)
+        if reason is None:
+            return name
+        if platform == "cuda":
+            _warn_once(f"a {_kind(problem)} problem is not served by {name!r}: {reason}")
+    raise AssertionError("'xla' serves everything")
 
 
 def why_not(implementation: str, problem: Problem, platform: str) -> str | None:
     """Returns why an implementation cannot serve a problem on a platform, or None if it can."""
     if implementation == "xla":
         return None
-    return f"{implementation!r} has no kernel for this"
+    if implementation == "mosaic":
+        return _why_not_hopper(platform) or _why_not_mosaic(problem)
+    return f"there is no {implementation!r} kernel yet"
 
 
 def run_gemm(problem: GemmProblem, platform: str, implementation: str | None, *operands: Any) -> jax.Array:
@@ -72,8 +90,11 @@ def run_gemm(problem: GemmProblem, platform: str, implementation: str | None, *o
         *operands: lhs values and scales, rhs values and scales, then bias or accumulate if the problem has one, then
             the sizes if it has groups.
     """
-    choose(problem, platform, implementation)
-    return _run_xla(problem, *operands)
+    chosen = choose(problem, platform, implementation)
+    if 0 in (problem.m, problem.n, problem.k):  # nothing to multiply, whoever was chosen
+        chosen = "xla"
+    runners: dict[str, Callable[..., jax.Array]] = {"mosaic": _run_mosaic, "xla": _run_xla}
+    return runners[chosen](problem, *operands)
 
 
 def run_quantize(problem: QuantizeProblem, platform: str, implementation: str | None, x: jax.Array) -> list[jax.Array]:
@@ -96,10 +117,77 @@ def _run_xla(problem: GemmProblem, *operands: Any) -> jax.Array:
     return products[problem.kind](problem, lhs, rhs, addend, *rest)
 
 
+def _run_mosaic(problem: GemmProblem, *operands: Any) -> jax.Array:
+    from jaxgemm.kernels.hopper_gemm import hopper_gemm  # loads Pallas, which importing jaxgemm must not
+
+    bias = operands[4] if problem.has_bias else None
+    num_sms = sm_count()
+    config = tuning.choose_config(problem, num_sms)
+    return hopper_gemm(
+        *operands[:4], bias, problem=problem, config=config, num_sms=num_sms, interpret=_interpreter_parameters()
+    )
+
+
+def _why_not_hopper(platform: str) -> str | None:
+    """Why kernels for Hopper cannot run where a program is lowered for; None if they can."""
+    if _interpret:
+        return None
+    if platform != "cuda":
+        return f"it needs a Hopper GPU, and this program is lowered for {platform}"
+    if jax.__version_info__ < (0, 11):
+        return f"it needs jax >= 0.11 (Python >= 3.12), and this is jax {jax.__version__}"
+    capability = cuda_capability()
+    if capability not in (HOPPER_CAPABILITY, None):  # None: lowered for CUDA where no GPU is at hand
+        return f"it needs a Hopper GPU (compute capability 9.0), and this one has {capability}"
+    return None
+
+
+def _why_not_mosaic(problem: Problem) -> str | None:
+    """Which problems have no Hopper kernel."""
+    if isinstance(problem, QuantizeProblem):
+        return "there is no quantising kernel for Hopper yet"
+    if problem.kind != "dense":
+        return f"there is no Hopper kernel for {problem.kind} groups yet"
+    if problem.lhs_block_shape != ROW_BLOCK:
+        return f"lhs must have blocks of (1, 128), and has {problem.lhs_block_shape}"
+    if problem.rhs_block_shape not in (ROW_BLOCK, SQUARE_BLOCK):
+        return f"rhs must have blocks of (128, 128) or (1, 128), and has {problem.rhs_block_shape}"
+    return None
+
+
+def _interpreter_parameters() -> Any:
+    if not _interpret:
+        return False
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    return plgpu.InterpretGPUParams()
+
+
 @functools.cache
 def cuda_capability() -> str | None:
     """Returns the compute capability of the first CUDA device, "9.0" for Hopper; None where there is none."""
+    device = _cuda_device()
+    return None if device is None else device.compute_capability
+
+
+@functools.cache
+def sm_count() -> int:
+    """Returns the streaming multiprocessors of the first CUDA device, or a Hopper's where there is none."""
+    device = _cuda_device()
+    return HOPPER_SM_COUNT if device is None else device.core_count
+
+
+def _cuda_device() -> Any:
     try:
-        return jax.devices("cuda")[0].compute_capability
+        return jax.devices("cuda")[0]
     except RuntimeError:
         return None
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning("%s", message)
+
+
+def _kind(problem: Problem) -> str:
+    return "quantizing" if isinstance(problem, QuantizeProblem) else problem.kind

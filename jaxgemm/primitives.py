@@ -12,10 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax._src import dispatch as jax_dispatch
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from jaxgemm import dispatch, layout
+from jaxgemm import layout, partition
 from jaxgemm.manual_axes import match_varying, result_type
 from jaxgemm.problem import GemmProblem, QuantizeProblem
 from jaxgemm.scaled_array import stored_scales_shape, stored_values_shape, transposed_block_shape
@@ -173,6 +174,9 @@ def _register(primitive: Primitive, abstract: Any, batch: Any, run: Any, advice:
     batching.primitive_batchers[primitive] = batch
     ad.primitive_jvps[primitive] = functools.partial(_refuse_jvp, primitive.name, advice)
     primitive.def_impl(functools.partial(_run_compiled, primitive))
+    # NOTE: private, and without a public way: tells JAX that the lowering must know its devices, as that of any
+    # custom_partitioning function must, which this lowering has inside.
+    jax_dispatch.prim_requires_devices_during_lowering.add(primitive)
     for platform in (None, "cpu", "cuda"):
         lowered = mlir.lower_fun(
             functools.partial(run, platform or "default"), multiple_results=primitive.multiple_results
@@ -191,11 +195,11 @@ def _compiled(primitive: Primitive, params: tuple[tuple[str, Any], ...]) -> Any:
 
 
 def _run_gemm(platform: str, *operands: Any, problem: GemmProblem, implementation: str | None) -> jax.Array:
-    return dispatch.run_gemm(problem, platform, implementation, *operands)
+    return partition.run_gemm(problem, platform, implementation, *operands)
 
 
 def _run_quantize(platform: str, x: Any, *, problem: QuantizeProblem, implementation: str | None) -> list[jax.Array]:
-    return dispatch.run_quantize(problem, platform, implementation, x)
+    return partition.run_quantize(problem, platform, implementation, x)
 
 
 _GEMM_ADVICE = "Differentiate jaxgemm.fp8_dot, grouped_fp8_dot or masked_grouped_fp8_dot of the originals instead."

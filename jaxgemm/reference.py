@@ -136,9 +136,7 @@ def masked_grouped_gemm(
     problem: GemmProblem, lhs: jax.Array, rhs: jax.Array, bias: jax.Array | None, masked_m: jax.Array
 ) -> jax.Array:
     """The product with masked groups, `[g, m, k] x [g, n, k] -> [g, m, n]`; rows past `masked_m[g]` are zero."""
-    out = epilogue(problem, _matmul_nt(lhs, rhs), None if bias is None else bias[:, None])
-    valid = jnp.arange(problem.m) < jnp.clip(masked_m, 0, problem.m)[:, None]
-    return jnp.where(valid[..., None], out, jnp.zeros((), problem.out_dtype))
+    return finish_partial_sum(problem, _matmul_nt(lhs, rhs), bias, masked_m)
 
 
 def k_grouped_gemm(
@@ -171,6 +169,30 @@ def epilogue(problem: GemmProblem, accumulator: jax.Array, bias: jax.Array | Non
     if bias is not None:
         accumulator = accumulator + bias.astype(jnp.float32)
     return activate(problem.activation, accumulator).astype(problem.out_dtype)
+
+
+def finish_partial_sum(
+    problem: GemmProblem, total: jax.Array, bias: jax.Array | None, sizes: jax.Array | None = None
+) -> jax.Array:
+    """The epilogue of a product whose float32 sum was put together outside: bias, activation, rows that do not count.
+
+    Args:
+        problem: dense, grouped or masked.
+        total: float32, of the result's shape.
+        bias: as the product takes it, or None.
+        sizes: `group_sizes` or `masked_m`; None if dense.
+    """
+    if sizes is None:
+        return epilogue(problem, total, bias)
+    rows = jnp.arange(problem.m)
+    if problem.kind == "grouped":
+        offsets = layout.group_offsets(sizes, problem.m)
+        valid = rows < offsets[-1]
+        bias = None if bias is None else bias[layout.group_of_row(offsets, problem.m)]
+    else:
+        valid = rows < sizes[:, None]
+        bias = None if bias is None else bias[:, None]
+    return jnp.where(valid[..., None], epilogue(problem, total, bias), jnp.zeros((), problem.out_dtype))
 
 
 def activate(activation: str | None, x: jax.Array) -> jax.Array:

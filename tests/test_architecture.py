@@ -15,6 +15,7 @@ LEVELS = [
     {"jaxgemm.dot", "jaxgemm.dot_vjp", "jaxgemm.recipe"},
     {"jaxgemm.gemm", "jaxgemm.quantize"},
     {"jaxgemm.primitives"},
+    {"jaxgemm.partition"},
     {"jaxgemm.dispatch"},
     {"jaxgemm.kernels"},
     {"jaxgemm.reference", "jaxgemm.tuning"},

@@ -1,0 +1,67 @@
+"""What public functions call on a GPU, seen without one: by lowering for CUDA, and in Pallas' interpreter."""
+
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+import pytest
+from support import ROW, SQUARE, assert_close, operands, oracle, random
+
+import jaxgemm
+from jaxgemm import dispatch
+
+GEMM_KERNEL = "fp8_gemm_sm90"
+f32 = {"preferred_element_type": jnp.float32}
+
+
+def lowered(function, *args):
+    return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_training_multiplies_in_fp8_in_all_three_products():
+    """fprop, dgrad and wgrad are kernel calls, and no product is left to XLA."""
+    x, w, bias = random(0, 300, 576), random(1, 576, 200), random(2, 200)
+    gradients = jax.grad(lambda *args: (jaxgemm.fp8_dot(*args) ** 2).sum(), (0, 1, 2))
+    text = lowered(gradients, x, w, bias)
+    assert text.count(GEMM_KERNEL) == 3
+    assert "dot_general" not in text
+
+
+def test_forward_alone_is_one_product():
+    text = lowered(functools.partial(jaxgemm.fp8_dot, activation="gelu"), random(0, 7, 7), random(1, 7, 7))
+    assert text.count(GEMM_KERNEL) == 1
+
+
+def test_operands_that_are_aligned_are_not_copied():
+    """Between the caller's FP8 arrays and the kernel there is no padding, slicing or transposing."""
+    lhs, rhs = operands(256, 512, 1024)
+    text = lowered(jaxgemm.gemm, lhs, rhs)
+    assert text.count(GEMM_KERNEL) == 1
+    assert not [op for op in ("stablehlo.pad", "stablehlo.slice", "stablehlo.transpose", "copy") if op in text]
+
+
+def test_what_mosaic_cannot_do_is_refused_with_the_reason():
+    lhs, rhs = operands(16, 16, 256, lhs_block=SQUARE)
+    with pytest.raises(NotImplementedError, match=r"lhs must have blocks of \(1, 128\), and has \(128, 128\)"):
+        lowered(functools.partial(jaxgemm.gemm, implementation="mosaic"), lhs, rhs)
+
+
+def test_falling_back_on_a_gpu_is_logged_once(caplog):
+    dispatch._warn_once.cache_clear()
+    lhs, rhs = operands(16, 16, 256, lhs_block=SQUARE)
+    with caplog.at_level(logging.WARNING, "jaxgemm"):
+        for n in (16, 8):
+            text = lowered(jaxgemm.gemm, lhs, jaxgemm.quantize(random(0, n, 256), SQUARE))
+            assert GEMM_KERNEL not in text
+    messages = [r.message for r in caplog.records if "dense" in r.message]
+    assert len(messages) == 1 and "lhs must have blocks of (1, 128)" in messages[0]
+
+
+@pytest.mark.parametrize("m, n, k, rhs_block", [(7, 7, 7, SQUARE), (70, 40, 200, ROW)])
+def test_the_public_function_runs_the_kernel_in_the_interpreter(m, n, k, rhs_block):
+    lhs, rhs = operands(m, n, k, rhs_block=rhs_block)
+    bias = random(2, n)
+    with dispatch.interpret_kernels():
+        out = jaxgemm.gemm(lhs, rhs, bias, activation="silu", implementation="mosaic", **f32)
+    assert_close(out, oracle(lhs, rhs, bias, "silu"))
