@@ -2,6 +2,9 @@ import os
 
 # Eight devices, for the tests of sharding: read when JAX first looks for devices.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+# Threads of XLA's CPU pool. The interpreter of GPU kernels blocks one for every warpgroup that waits at a barrier,
+# and hangs on a machine of two cores, where there would be two.
+os.environ.setdefault("NPROC", "16")
 
 import jax
 import pytest

@@ -1,0 +1,285 @@
+"""Quantising kernels for Hopper in Pallas Mosaic GPU: one pass over the input, into the stored layouts.
+
+One kernel serves activations and gradients (blocks of 1x128, as the array lies, transposed, or both), weights
+(blocks of 128x128, both orientations from one set of scales), and activations with an elementwise function in
+front. Quantising is bitwise equal to `jaxgemm.reference.quantize`.
+
+A persistent block walks tiles of the input. The TMA brings each tile to shared memory once; there every
+*slab* of 64 output rows by 128 output columns has a warpgroup of its own, natural slabs first:
+
+    warpgroup    0           1           2             3
+                 rows 0-63   rows 64-127 columns 0-63  columns 64-127   of a 128x128 tile, both orientations
+    wait full    ldmatrix    ldmatrix    ldmatrix.T    ldmatrix.T       16-bit inputs, in wgmma's registers
+                 amax, scale, 1/scale, FP8, each by itself
+                 -> slab in shared memory -> TMA store
+
+Transposing happens on the way to registers, before the cast. A slab's 128 columns are one scaling block, and
+four neighbouring lanes hold a row, so a maximum costs two shuffles.
+
+Barriers, one a stage:
+
+- `full`, arrivals: the TMA transfers of a tile.
+- `empty`, one arrival a warpgroup, once its slab is in registers. Warpgroup 0 waits on it one tile later and
+  refills the stage.
+- `amax_ready`, for square blocks: one arrival for each of the two warpgroups of the first orientation, which
+  publish their rows' maxima; all wait.
+- `applied`, with an elementwise function: one arrival a warpgroup, once its share of the tile is replaced by
+  the results; all wait.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxgemm import layout
+from jaxgemm.kernels.elementwise import FUNCTIONS
+from jaxgemm.kernels.hopper_quantize_plan import (
+    BLOCK,
+    SLAB_ROWS,
+    SWIZZLE_BYTES,
+    Plan,
+    QuantizeConfig,
+    default_config,
+    why_not,
+)
+from jaxgemm.kernels.hopper_quantize_slab import apply_function, quantize_slab
+from jaxgemm.problem import QuantizeProblem
+from jaxgemm.scaled_array import stored_scales_shape, stored_values_shape
+
+__all__ = ["QuantizeConfig", "default_config", "hopper_quantize", "hopper_quantize_function", "why_not"]
+
+
+def hopper_quantize(
+    x: jax.Array, *, problem: QuantizeProblem, config: QuantizeConfig, num_sms: int, interpret: bool = False
+) -> list[jax.Array]:
+    """Quantises: `values = fp8(x / scale)` with `scale = amax(block) / max(fp8)`, in the stored layouts.
+
+    Args:
+        x: bfloat16, float16 or float32 `[..., m, k]`, m and k at least 1. Rows that are no multiple of 16
+            bytes cost a padded copy first, since the TMA cannot read them.
+        problem: block shape `(1, 128)` or `(128, 128)`, FP8 dtype, and which outputs.
+        config: the kernel's layout.
+        num_sms: multiprocessors to lay the persistent grid out for.
+        interpret: whether to run in Pallas' interpreter on the CPU.
+
+    Returns:
+        `[values, scales]` if natural, then those of the transpose if transposed, then the float32 column sum
+        `[..., k]` if asked for; stored as `jaxgemm.scaled_array` says.
+    """
+    [outputs] = _launch((x,), None, problem, config, num_sms, interpret)
+    return outputs
+
+
+def hopper_quantize_function(
+    *inputs: jax.Array,
+    function: str,
+    problem: QuantizeProblem,
+    config: QuantizeConfig,
+    num_sms: int,
+    interpret: bool = False,
+) -> list[list[jax.Array]]:
+    """Quantises the results of an elementwise function of `inputs`, without writing them anywhere else.
+
+    The function is taken in float32 and its results are rounded to the inputs' dtype before they are
+    quantised, as they would be had they been stored in between.
+
+    Args:
+        *inputs: bfloat16, float16 or float32 `[..., m, k]`, of one shape and dtype, in the function's order.
+        function: a name in `jaxgemm.kernels.elementwise.FUNCTIONS`.
+        problem: as in `hopper_quantize`, with blocks of `(1, 128)`.
+        config: as in `hopper_quantize`.
+        num_sms: as in `hopper_quantize`.
+        interpret: as in `hopper_quantize`.
+
+    Returns:
+        For each result of the function, what `hopper_quantize` returns for it.
+    """
+    assert len(inputs) == FUNCTIONS[function].num_inputs, (function, len(inputs))
+    return _launch(inputs, function, problem, config, num_sms, interpret)
+
+
+def _launch(
+    inputs: tuple[jax.Array, ...],
+    function: str | None,
+    problem: QuantizeProblem,
+    config: QuantizeConfig,
+    num_sms: int,
+    interpret: bool,
+) -> list[list[jax.Array]]:
+    in_dtype = np.dtype(inputs[0].dtype)
+    reason = why_not(problem, in_dtype, function)
+    assert reason is None, reason
+    *lead, m, k = inputs[0].shape
+    inputs = tuple(x.reshape(-1, m, k) for x in inputs)
+    plan = Plan(problem, config, function, inputs[0].shape[0], m, k, in_dtype, num_sms)
+    aligned_k = layout.align_up(k, layout.TMA_ALIGNMENT_BYTES // in_dtype.itemsize)
+    outputs = _output_types(plan)
+    kernel = plgpu.kernel(
+        functools.partial(_kernel, plan),
+        out_type=tuple(type for result in outputs for type in result.values()),
+        scratch_types=_scratch_types(plan),
+        grid=(plan.num_blocks,),
+        grid_names=("block",),
+        num_threads=plan.num_warpgroups,
+        thread_name="warpgroup",
+        kernel_name="fp8_quantize" + (f"_{function}" if function else ""),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            unsafe_no_auto_barriers=True,
+            reduction_scratch_bytes=0,  # no reduction crosses warps
+        ),
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+    )
+    flat = iter(kernel(*(layout.pad_trailing(x, (aligned_k,)) for x in inputs)))
+    results = [{name: next(flat) for name in result} for result in outputs]
+    for result in results:
+        if problem.column_sum:
+            # Sum the tiles' partial sums in a fixed order: unlike atomics, this is the same in every run.
+            result["column_sum"] = result["column_sum"].sum(-2)[:, :k]
+    return [[x.reshape(*lead, *x.shape[1:]) for x in result.values()] for result in results]
+
+
+def _output_types(plan: Plan) -> list[dict[str, jax.ShapeDtypeStruct]]:
+    """Returns the outputs of the kernel by name, for each array that it quantises."""
+    problem, outputs = plan.problem, {}
+    orientations = {"": (plan.m, plan.k)} if problem.natural else {}
+    orientations |= {"_t": (plan.k, plan.m)} if problem.transposed else {}
+    for suffix, shape in orientations.items():
+        values, scales = stored_values_shape(*shape), stored_scales_shape(*shape, problem.block_shape)
+        outputs["values" + suffix] = jax.ShapeDtypeStruct((plan.groups, *values), problem.dtype)
+        outputs["scales" + suffix] = jax.ShapeDtypeStruct((plan.groups, *scales), jnp.float32)
+    if problem.column_sum:
+        assert problem.transposed, "the columns are summed where they are scaled"
+        partial = (plan.groups, plan.tiles_m, layout.tma_aligned_size(plan.k, 4))
+        outputs["column_sum"] = jax.ShapeDtypeStruct(partial, jnp.float32)
+    return [outputs] * plan.num_outputs
+
+
+def _scratch_types(plan: Plan) -> dict[str, object]:
+    stages, chunks = plan.config.stages, BLOCK // plan.chunk_columns
+    slabs = (plan.num_warpgroups, plan.config.out_buffers)
+    swizzle = (plgpu.SwizzleTransform(SWIZZLE_BYTES),)
+    scratch = {
+        "x_smem": plgpu.SMEM(
+            (stages, plan.num_inputs, chunks, plan.config.tile_m, plan.chunk_columns),
+            plan.in_dtype,
+            transforms=swizzle if plan.is_swizzled else (),
+        ),
+        "values_smem": plgpu.SMEM((*slabs, SLAB_ROWS, BLOCK), plan.problem.dtype, transforms=swizzle),
+        "full": plgpu.Barrier(num_arrivals=plan.num_inputs * chunks, num_barriers=stages),
+        "empty": plgpu.Barrier(num_arrivals=plan.num_warpgroups, num_barriers=stages),
+    }
+    if plan.function:
+        scratch["applied"] = plgpu.Barrier(num_arrivals=plan.num_warpgroups, num_barriers=stages)
+    if plan.is_square:
+        scratch["amax_smem"] = plgpu.SMEM((stages, BLOCK), jnp.float32)
+        scratch["amax_ready"] = plgpu.Barrier(num_arrivals=BLOCK // SLAB_ROWS, num_barriers=stages)
+    else:
+        scratch["scales_smem"] = plgpu.SMEM((*slabs, SLAB_ROWS), jnp.float32)
+    if plan.problem.column_sum:
+        scratch["sums_smem"] = plgpu.SMEM((*slabs, SLAB_ROWS), jnp.float32)
+    return scratch
+
+
+def _kernel(plan: Plan, *gmem, x_smem, full, empty, applied=None, **slab_smem) -> None:
+    """Walks the tiles of one persistent block; every warpgroup runs this, for a slab of its own."""
+    inputs, outputs = gmem[: plan.num_inputs], _name_outputs(plan, gmem[plan.num_inputs :])
+    block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
+    stages, tile_m = plan.config.stages, plan.config.tile_m
+    num_steps = lax.div(plan.num_tiles - block + plan.num_blocks - 1, plan.num_blocks)
+
+    def tile_origin(step):
+        """Returns the group, first row and first column of the tile at `step`: columns vary fastest."""
+        tile = block + step * plan.num_blocks
+        row_tile, column_tile = lax.div(tile, plan.tiles_k), lax.rem(tile, plan.tiles_k)
+        return lax.div(row_tile, plan.tiles_m), lax.rem(row_tile, plan.tiles_m) * tile_m, column_tile * BLOCK
+
+    def fetch(step):
+        group, row, column = tile_origin(step)
+        stage = lax.rem(step, stages)
+        for index, x_gmem in enumerate(inputs):
+            for chunk in range(BLOCK // plan.chunk_columns):
+                columns = pl.ds(column + chunk * plan.chunk_columns, plan.chunk_columns)
+                source = x_gmem.at[group, pl.ds(row, tile_m), columns]
+                plgpu.copy_gmem_to_smem(source, x_smem.at[stage, index, chunk], full.at[stage])
+
+    # Fill the pipeline.
+    @pl.when(warpgroup == 0)
+    def _():
+        for step in range(stages):
+            pl.when(step < num_steps)(functools.partial(fetch, jnp.int32(step)))
+
+    def walk_tile(step, _):
+        stage = lax.rem(step, stages)
+        plgpu.barrier_wait(full.at[stage])
+        if plan.function:
+            apply_function(plan, x_smem.at[stage], warpgroup)
+            plgpu.barrier_arrive(applied.at[stage])
+            plgpu.barrier_wait(applied.at[stage])
+
+        for index in range(plan.num_outputs):
+            quantize_tile(index, step, stage)
+
+    def quantize_tile(index, step, stage):
+        group, row, column = tile_origin(step)
+        quantize = functools.partial(
+            quantize_slab,
+            plan,
+            x_smem=x_smem.at[stage, index],
+            use=step * plan.num_outputs + index,
+            stage=stage,
+            group=group,
+            release=functools.partial(release, index, step, stage),
+            **slab_smem,
+        )
+        natural, transposed = outputs[index]
+        if plan.problem.natural:
+            work = functools.partial(quantize, natural, transposed=False, slab=warpgroup, row=row, column=column)
+            pl.when(warpgroup < plan.natural_slabs)(work)
+        if plan.problem.transposed:
+            slab = warpgroup - plan.natural_slabs
+            work = functools.partial(quantize, transposed, transposed=True, slab=slab, row=column, column=row)
+            pl.when(warpgroup >= plan.natural_slabs)(work)
+
+    def release(index, step, stage, transposed):
+        """Gives the tile back, once this warpgroup has its last slab of it in registers."""
+        if index < plan.num_outputs - 1:
+            return
+        plgpu.barrier_arrive(empty.at[stage])
+
+        # Refill the stage of the tile before, which the other warpgroups have most likely left by now.
+        if transposed != plan.problem.natural:
+            is_due = (warpgroup == 0) & (step >= 1) & (step - 1 + stages < num_steps)
+
+            @pl.when(is_due)
+            def _():
+                plgpu.barrier_wait(empty.at[lax.rem(step - 1, stages)])
+                fetch(step - 1 + stages)
+
+    lax.fori_loop(0, num_steps, walk_tile, None)
+
+    # Drain: observe every arrival once, and leave no store behind.
+    @pl.when(warpgroup == 0)
+    def _():
+        for last in range(1, stages + 1):
+            step = num_steps - last
+            pl.when(step >= 0)(functools.partial(plgpu.barrier_wait, empty.at[lax.rem(step, stages)]))
+
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _name_outputs(plan: Plan, refs) -> list[tuple[dict, dict]]:
+    """Sorts the outputs: for each quantised array, those of its natural slabs and of its transposed ones."""
+    flat, named = iter(refs), []
+    for names in _output_types(plan):
+        result = {name: next(flat) for name in names}
+        natural = {name: result[name] for name in ("values", "scales") if name in result}
+        transposed = {name.removesuffix("_t"): result[name] for name in result if name not in natural}
+        named.append((natural, transposed))
+    return named

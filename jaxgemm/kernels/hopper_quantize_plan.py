@@ -1,0 +1,124 @@
+"""What is static about a launch of the quantising kernels, and how they are laid out."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgemm import layout
+from jaxgemm.kernels.elementwise import FUNCTIONS
+from jaxgemm.problem import QuantizeProblem
+from jaxgemm.scaled_array import ROW_BLOCK, SQUARE_BLOCK
+
+BLOCK = layout.SCALE_BLOCK
+SLAB_ROWS = 64
+"""Output rows of one warpgroup: the height of its register layout."""
+
+SWIZZLE_BYTES = 128
+SHARED_MEMORY_BYTES = 232448
+"""Shared memory of a thread block on Hopper (CUDA C++ programming guide, compute capability 9.0)."""
+BARRIER_BYTES = 1024
+"""Ample for the barriers and the alignment of what lies in shared memory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizeConfig:
+    """How a quantising kernel is laid out. Hashable.
+
+    Attributes:
+        tile_m: input rows of a tile, a multiple of 64; 128 unless rows alone are scaled, as they lie.
+        stages: tiles in flight from global memory, at least 2.
+        out_buffers: slabs a warpgroup has in flight to global memory.
+        blocks_per_sm: persistent thread blocks on one multiprocessor.
+    """
+
+    tile_m: int = 128
+    stages: int = 3
+    out_buffers: int = 2
+    blocks_per_sm: int = 1
+
+
+def default_config(problem: QuantizeProblem, in_dtype: np.dtype, function: str | None = None) -> QuantizeConfig:
+    """Returns the layout with the most stages, up to four, and then output buffers that fit."""
+    num_inputs = FUNCTIONS[function].num_inputs if function else 1
+    slabs = (problem.natural + problem.transposed) * (BLOCK // SLAB_ROWS)
+    is_square = problem.block_shape == SQUARE_BLOCK
+    stage_bytes = num_inputs * BLOCK * BLOCK * np.dtype(in_dtype).itemsize + 4 * BLOCK * is_square
+    slab_bytes = SLAB_ROWS * (BLOCK + 4 * (not is_square) + 4 * problem.column_sum)
+    for stages, out_buffers in ((4, 2), (3, 2), (3, 1), (2, 2), (2, 1)):
+        if stages * stage_bytes + slabs * out_buffers * slab_bytes + BARRIER_BYTES <= SHARED_MEMORY_BYTES:
+            return QuantizeConfig(BLOCK, stages, out_buffers)
+    raise AssertionError(f"{problem} does not fit: {why_not(problem, in_dtype, function)}")
+
+
+def why_not(problem: QuantizeProblem, in_dtype: np.dtype, function: str | None = None) -> str | None:
+    """Returns why these kernels cannot serve a problem, or None if they can."""
+    if problem.block_shape not in (ROW_BLOCK, SQUARE_BLOCK):
+        return f"block_shape {problem.block_shape} is neither (1, 128) nor (128, 128)"
+    if np.dtype(in_dtype) not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        return f"dtype {np.dtype(in_dtype)} is neither bfloat16, float16 nor float32"
+    if function and problem.block_shape != ROW_BLOCK:
+        return f"{function} is fused with blocks of (1, 128) alone"
+    if function and FUNCTIONS[function].num_inputs > 1 and np.dtype(in_dtype) == jnp.float32:
+        return f"two tiles of the inputs of {function} in float32 do not fit in shared memory"
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything static about one launch."""
+
+    problem: QuantizeProblem
+    config: QuantizeConfig
+    function: str | None
+    groups: int
+    m: int
+    k: int
+    in_dtype: np.dtype
+    num_sms: int
+
+    @property
+    def num_inputs(self) -> int:
+        return FUNCTIONS[self.function].num_inputs if self.function else 1
+
+    @property
+    def num_outputs(self) -> int:
+        """Arrays to quantise."""
+        return FUNCTIONS[self.function].num_outputs if self.function else 1
+
+    @property
+    def tiles_m(self) -> int:
+        return layout.cdiv(self.m, self.config.tile_m)
+
+    @property
+    def tiles_k(self) -> int:
+        return layout.cdiv(self.k, BLOCK)
+
+    @property
+    def num_tiles(self) -> int:
+        return self.groups * self.tiles_m * self.tiles_k
+
+    @property
+    def num_blocks(self) -> int:
+        return min(self.num_tiles, self.num_sms * self.config.blocks_per_sm)
+
+    @property
+    def natural_slabs(self) -> int:
+        return self.config.tile_m // SLAB_ROWS if self.problem.natural else 0
+
+    @property
+    def num_warpgroups(self) -> int:
+        return self.natural_slabs + (BLOCK // SLAB_ROWS if self.problem.transposed else 0)
+
+    @property
+    def is_square(self) -> bool:
+        return self.problem.block_shape == SQUARE_BLOCK
+
+    @property
+    def is_swizzled(self) -> bool:
+        return self.in_dtype.itemsize == 2
+
+    @property
+    def chunk_columns(self) -> int:
+        """Columns of one TMA transfer: a swizzled row, or all where the input is too wide to swizzle."""
+        return SWIZZLE_BYTES // 2 if self.is_swizzled else BLOCK
