@@ -99,8 +99,18 @@ def run_gemm(problem: GemmProblem, platform: str, implementation: str | None, *o
 
 def run_quantize(problem: QuantizeProblem, platform: str, implementation: str | None, x: jax.Array) -> list[jax.Array]:
     """Quantises with the implementation chosen for the platform."""
-    choose(problem, platform, implementation)
-    return reference.quantize(x, problem)
+    chosen = choose(problem, platform, implementation)
+    if chosen == "xla" or x.size == 0:
+        return reference.quantize(x, problem)
+    from jaxgemm.kernels.hopper_quantize import default_config, hopper_quantize  # loads Pallas, as below
+
+    return hopper_quantize(
+        x,
+        problem=problem,
+        config=default_config(problem, x.dtype),
+        num_sms=sm_count(),
+        interpret=_interpreter_parameters(),
+    )
 
 
 def _run_xla(problem: GemmProblem, *operands: Any) -> jax.Array:
@@ -145,7 +155,9 @@ def _why_not_hopper(platform: str) -> str | None:
 def _why_not_mosaic(problem: Problem) -> str | None:
     """Which problems have no Hopper kernel."""
     if isinstance(problem, QuantizeProblem):
-        return "there is no quantising kernel for Hopper yet"
+        if problem.block_shape not in (ROW_BLOCK, SQUARE_BLOCK):
+            return f"blocks must be (1, 128) or (128, 128), and are {problem.block_shape}"
+        return "columns are summed where they are scaled" if problem.column_sum and not problem.transposed else None
     if problem.kind != "dense":
         return f"there is no Hopper kernel for {problem.kind} groups yet"
     if problem.lhs_block_shape != ROW_BLOCK:

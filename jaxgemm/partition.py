@@ -86,7 +86,7 @@ class SplitRule:
             results,
             reduction_factors=tuple(self.summed),
             need_replication_factors=tuple(unique),
-            **sizes,
+            **sizes,  # type: ignore[arg-type]  # its stub has no factor sizes
         )
 
     def choose(self, mesh: Any, operand_specs: Sequence[Any], result_specs: Sequence[Any]) -> dict[str, tuple]:
@@ -231,7 +231,7 @@ def quantize_rule(problem: QuantizeProblem, shape: tuple[int, ...]) -> SplitRule
     whole_scales = problem.block_shape[1] != SCALE_BLOCK
     scaled_rows = problem.transposed or problem.block_shape[0] > 1
     scaled_cols = problem.natural or problem.block_shape[0] > 1
-    units = {letter: 1 for letter in lead}
+    units = dict.fromkeys(lead, 1)
     if not (whole_scales and scaled_rows):
         units["r"] = SCALE_BLOCK if scaled_rows else VALUE_ROW_ALIGNMENT
     if not whole_scales:

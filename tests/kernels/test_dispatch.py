@@ -12,6 +12,7 @@ import jaxgemm
 from jaxgemm import dispatch
 
 GEMM_KERNEL = "fp8_gemm_sm90"
+QUANTIZE_KERNEL = "fp8_quantize_sm90"
 f32 = {"preferred_element_type": jnp.float32}
 
 
