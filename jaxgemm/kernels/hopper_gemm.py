@@ -12,7 +12,10 @@ Barriers: `full[stage]`: TMA copies arrive, compute warpgroups wait. `empty[stag
 loading warp waits. `bias_full`, `bias_empty`: the same for the bias of a tile.
 """
 
+import contextlib
 import dataclasses
+import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -28,12 +31,22 @@ from jaxgemm.kernels.mainloop import (
     OperandRefs,
     compute_tile,
     drain,
+    flat_block_scales,
+    keep_block_scales,
+    load_block_scales,
     load_tile,
     loads_scales_late,
-    stage_buffers,
+    operand_buffers,
 )
-from jaxgemm.kernels.schedule import LOCAL_AXIS, SHARE_AXIS, SM_AXIS, SPLIT_AXIS, DenseSchedule, for_each_tile
-from jaxgemm.kernels.wave import TILE_K, WAVE_ROWS, multiply_wave, multiply_wave_portable
+from jaxgemm.kernels.schedule import LOCAL_AXIS, SHARE_AXIS, SM_AXIS, SPLIT_AXIS, DenseSchedule, first_tile, for_each_tile
+from jaxgemm.kernels.wave import (
+    TILE_K,
+    WAVE_ROWS,
+    close_turns,
+    multiply_wave,
+    multiply_wave_portable,
+    open_turns,
+)
 from jaxgemm.layout import align_up, cdiv
 from jaxgemm.problem import GemmProblem
 from jaxgemm.tuning import GemmConfig
@@ -109,7 +122,8 @@ def make_plan(problem: GemmProblem, config: GemmConfig, num_sms: int) -> Plan:
     """Describes the kernel for a problem and a configuration that is valid for it."""
 
     def operand(rows, tile, block_shape, dtype, is_rows):
-        return Operand(tile, block_shape[0] == 1, cdiv(rows, 128), dtype, is_rows and config.share > 1)
+        k_tiles = cdiv(problem.k, TILE_K)
+        return Operand(tile, block_shape[0] == 1, cdiv(rows, 128), k_tiles, dtype, is_rows and config.share > 1)
 
     lhs = operand(problem.m, config.tile_m, problem.lhs_block_shape, problem.lhs_dtype, not config.swap_operands)
     rhs = operand(problem.n, config.tile_n, problem.rhs_block_shape, problem.rhs_dtype, config.swap_operands)
@@ -127,15 +141,16 @@ def load_role(plan: Plan, sides: Sides, bias_gmem: Any, smem: dict[str, Any]) ->
     """The loading warpgroup: one warp walks the tiles and keeps the stages full."""
     has_bias, stages = plan.problem.has_bias, plan.config.stages
 
-    def load_one_tile(tile, step, iteration):
+    def load_one_tile(tile, upcoming, iteration):
+        del upcoming
         barriers = smem["full_barrier"], smem["empty_barrier"]
         iteration = load_tile(sides, tile, k_range(plan), stages, *barriers, iteration)
         if has_bias:
-            load_bias(tile, step)
+            load_bias(tile, iteration)
         return iteration
 
-    def load_bias(tile, step):
-        @pl.when(step > 0)
+    def load_bias(tile, iteration):
+        @pl.when(iteration > k_range(plan).count)
         def wait_until_used():
             plgpu.barrier_wait(smem["bias_empty"])
 
@@ -159,11 +174,16 @@ def compute_role(plan: Plan, sides: Sides, out_gmem: Any, smem: dict[str, Any], 
     warpgroup = lax.axis_index("warpgroup")
     first_row = warpgroup * (plan.num_waves * WAVE_ROWS)
 
-    def compute_one_tile(tile, step, slot):
-        del step
+    def compute_one_tile(tile, upcoming, carry):
+        slot, block_scales = carry
+        for side, scales in zip(sides, block_scales, strict=True):
+            keep_block_scales(side, scales, warpgroup)
+        plgpu.commit_smem()
+        shifts = [scales and scales.shifts for scales in block_scales]
+        upcoming_scales = load_scales(upcoming)
         barriers = smem["full_barrier"], smem["empty_barrier"]
         sums, slot = compute_tile(
-            *sides, tile, first_row, plan.num_waves, k_range(plan), config.stages, *barriers, slot, multiply
+            *sides, tile, shifts, warpgroup, plan.num_waves, k_range(plan), config.stages, *barriers, slot, multiply
         )
         if problem.has_bias:
             plgpu.barrier_wait(smem["bias_full"])
@@ -174,7 +194,10 @@ def compute_role(plan: Plan, sides: Sides, out_gmem: Any, smem: dict[str, Any], 
             finish_split_wave(sums[0][0], tile)
         if problem.has_bias:
             plgpu.barrier_arrive(smem["bias_empty"])
-        return slot
+        return slot, upcoming_scales
+
+    def load_scales(tile):
+        return [load_block_scales(side, start) for side, start in zip(sides, tile, strict=True)]
 
     def finish_wave(parts, tile, row, column):
         if problem.has_bias:
@@ -197,8 +220,19 @@ def compute_role(plan: Plan, sides: Sides, out_gmem: Any, smem: dict[str, Any], 
         plgpu.barrier_arrive(smem["used_barrier"])
         plgpu.barrier_wait(smem["used_barrier"])
 
-    for_each_tile(plan.schedule, compute_one_tile, jnp.int32(0))
+    first = first_tile(plan.schedule)
+    for_each_tile(plan.schedule, compute_one_tile, (jnp.int32(0), load_scales(first)))
     plgpu.wait_smem_to_gmem(0)
+
+
+@contextlib.contextmanager
+def turns(warpgroup: jax.Array, num_warpgroups: int, interpret: Any) -> Iterator[None]:
+    """Lets the compute warpgroups take turns at the tensor core inside this context; see `multiply_wave`."""
+    if not interpret:
+        pl.when(warpgroup == num_warpgroups - 1)(lambda: open_turns(num_warpgroups))
+    yield
+    if not interpret:
+        pl.when(warpgroup == 0)(lambda: close_turns(num_warpgroups))
 
 
 def k_range(plan: Plan) -> KRange:
@@ -213,7 +247,7 @@ def k_range(plan: Plan) -> KRange:
 def scratch_types(plan: Plan, bias_dtype: Any) -> dict[str, Any]:
     """Shared memory and barriers, by name."""
     problem, config = plan.problem, plan.config
-    lhs_buffers, rhs_buffers = stage_buffers(plan.lhs, config.stages), stage_buffers(plan.rhs, config.stages)
+    lhs_buffers, rhs_buffers = (operand_buffers(o, config.stages, config.warpgroups) for o in (plan.lhs, plan.rhs))
     num_copies = plan.lhs.num_copies + plan.rhs.num_copies
     types = dict(
         lhs_values_smem=lhs_buffers[0],
@@ -275,7 +309,9 @@ def hopper_gemm(
         `[m, n]` of `problem.out_dtype`.
     """
     plan = make_plan(problem, config, num_sms)
-    multiply = multiply_wave_portable if interpret else multiply_wave
+    multiply = functools.partial(
+        multiply_wave_portable if interpret else multiply_wave, num_warpgroups=config.warpgroups
+    )
 
     def kernel(*refs, **smem):
         lhs_refs = OperandRefs(*refs[:2], smem["lhs_values_smem"], smem["lhs_scales_smem"])
@@ -293,7 +329,8 @@ def hopper_gemm(
         @pl.when(warpgroup < config.warpgroups)
         def compute():
             plgpu.set_max_registers(compute_registers, action="increase")
-            compute_role(plan, sides, refs[-1], smem, multiply)
+            with turns(warpgroup, config.warpgroups, interpret):
+                compute_role(plan, sides, refs[-1], smem, multiply)
 
     call = plgpu.kernel(
         kernel,
@@ -310,6 +347,10 @@ def hopper_gemm(
         compiler_params=plgpu.CompilerParams(
             approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
+    )
+    lhs_scales, rhs_scales = (
+        scales if operand.scale_per_row else flat_block_scales(operand, scales)
+        for operand, scales in ((plan.lhs, lhs_scales), (plan.rhs, rhs_scales))
     )
     operands = (lhs_values, lhs_scales, rhs_values, rhs_scales) + ((bias,) if problem.has_bias else ())
     out = call(*operands)
