@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxgemm.kernels.schedule import SHARE_AXIS, Tile
-from jaxgemm.kernels.wave import ACCUMULATOR_LAYOUT, OPERAND_TRANSFORMS, TILE_K, WAVE_ROWS
+from jaxgemm.kernels.wave import ACCUMULATOR_LAYOUT, OPERAND_TRANSFORMS, TILE_K, WAVE_ROWS, load
 from jaxgemm.layout import align_up, cdiv
 
 SCALE_BLOCK_ROWS = 128
@@ -69,8 +69,8 @@ class Operand:
 class KRange(NamedTuple):
     """The k tiles that a block sums: the first one, and how many."""
 
-    first: jax.Array | int
-    count: jax.Array | int
+    first: Any
+    num_tiles: Any
 
 
 class OperandRefs(NamedTuple):
@@ -116,7 +116,7 @@ def load_block_scales(side: tuple[Operand, OperandRefs], start: jax.Array) -> Bl
     for i in range(operand.blocks_per_tile):
         block = lax.min(lax.div(start, SCALE_BLOCK_ROWS) + i, operand.num_scale_blocks - 1)
         first = lax.min(block * operand.k_tiles, last)
-        rows.append(plgpu.load(refs.scales_gmem.at[pl.ds(first, operand.scale_row)], layout=layout))
+        rows.append(load(refs.scales_gmem.at[pl.ds(first, operand.scale_row)], layout=layout))
         shifts.append(block * operand.k_tiles - first)
     return BlockScales(rows, shifts)
 
@@ -157,7 +157,7 @@ def load_tile(
         iteration: k tiles loaded before, in all tiles.
 
     Returns:
-        `iteration + k_range.count`.
+        `iteration + k_range.num_tiles`.
     """
 
     def load_k_tile(step, slot):
@@ -174,14 +174,12 @@ def load_tile(
                 plgpu.copy_gmem_to_smem(refs.scales_gmem.at[k_index, slab], refs.scales_smem.at[slot], barrier)
             box = pl.ds(start, operand.tile), pl.ds(k_index * TILE_K, TILE_K)
             axes = SHARE_AXIS if operand.multicast else None
-            plgpu.copy_gmem_to_smem(
-                refs.values_gmem.at[box], refs.values_smem.at[slot], barrier, collective_axes=axes
-            )
+            plgpu.copy_gmem_to_smem(refs.values_gmem.at[box], refs.values_smem.at[slot], barrier, collective_axes=axes)
         return next_slot(slot, stages)
 
     slot = lax.rem(iteration, jnp.int32(stages))
-    lax.fori_loop(0, k_range.count, load_k_tile, slot)
-    return iteration + k_range.count
+    lax.fori_loop(0, k_range.num_tiles, load_k_tile, slot)
+    return iteration + k_range.num_tiles
 
 
 def drain(empty_barrier: Any, stages: int, iteration: jax.Array) -> None:
@@ -196,7 +194,7 @@ def compute_tile(
     rows: tuple[Operand, OperandRefs],
     columns: tuple[Operand, OperandRefs],
     starts: Tile,
-    shifts: tuple[Any, Any],
+    shifts: list[Any],
     warpgroup: jax.Array,
     num_waves: int,
     k_range: KRange,
@@ -245,11 +243,14 @@ def compute_tile(
         slot, sums, recycled = carry
         place = ScalePlace(slot, warpgroup, k_range.first + step)
         plgpu.barrier_wait(full_barrier.at[slot])
-        load_row_scales = lambda row: _load_scales(rows, place, shifts[0], starts.row_start, row, WAVE_ROWS, axis=0)
-        load_column_scales = lambda: [
-            _load_scales(columns, place, shifts[1], starts.column_start, column, chunk, axis=1)
-            for column in chunks
-        ]
+
+        def load_row_scales(row):
+            return _load_scales(rows, place, shifts[0], starts.row_start, row, WAVE_ROWS, axis=0)
+
+        def load_column_scales():
+            load_chunk = functools.partial(_load_scales, columns, place, shifts[1], starts.column_start)
+            return [load_chunk(column, chunk, axis=1) for column in chunks]
+
         if not late:
             row_scales, column_scales = [load_row_scales(row) for row in wave_rows], load_column_scales()
         new_sums = []
@@ -261,9 +262,11 @@ def compute_tile(
         plgpu.barrier_arrive(empty_barrier.at[slot])
         return next_slot(slot, stages), new_sums, recycled
 
-    zero = lambda width: plgpu.layout_cast(jnp.zeros((WAVE_ROWS, width), jnp.float32), ACCUMULATOR_LAYOUT)
+    def zero(width):
+        return plgpu.layout_cast(jnp.zeros((WAVE_ROWS, width), jnp.float32), ACCUMULATOR_LAYOUT)
+
     sums = [[zero(chunk) for _ in chunks] for _ in range(num_waves)]
-    slot, sums, _ = lax.fori_loop(0, k_range.count, accumulate_k_tile, (slot, sums, zero(columns[0].tile)))
+    slot, sums, _ = lax.fori_loop(0, k_range.num_tiles, accumulate_k_tile, (slot, sums, zero(columns[0].tile)))
     return sums, slot
 
 
@@ -274,7 +277,7 @@ def loads_scales_late(rows: Operand, columns: Operand) -> bool:
     product is complete, since it needs them all; then one thread can release the stage for them all. Late ones
     have not, and every thread must arrive.
     """
-    return rows.scale_per_row and columns.scale_per_row
+    return columns.scale_per_row and (rows.scale_per_row or columns.tile > 128)
 
 
 def chunk_columns(columns: Operand) -> int:
@@ -295,11 +298,13 @@ def _load_scales(side: tuple[Operand, OperandRefs], place: ScalePlace, shifts, t
     operand, refs = side
     if operand.scale_per_row:
         layout = ACCUMULATOR_LAYOUT.reduce(1 - axis)
-        return plgpu.load(refs.scales_smem.at[place.slot, pl.ds(offset, length)], layout=layout)
+        return load(refs.scales_smem.at[place.slot, pl.ds(offset, length)], layout=layout)
     if operand.blocks_per_tile == 1:
         return refs.scales_smem[place.warpgroup, 0, shifts[0] + place.k_index]
     block = lax.div(tile_start + offset, SCALE_BLOCK_ROWS) - lax.div(tile_start, SCALE_BLOCK_ROWS)
-    shift = functools.reduce(lambda found, i: lax.select(block == i, shifts[i], found), range(1, len(shifts)), shifts[0])
+    shift = shifts[0]
+    for i in range(1, len(shifts)):
+        shift = lax.select(block == i, shifts[i], shift)
     return refs.scales_smem[place.warpgroup, block, shift + place.k_index]
 
 

@@ -98,5 +98,8 @@ def for_each_tile(schedule: TileSchedule, body: Callable[[Tile, Tile, Any], Any]
     """Runs `carry = body(tile, upcoming, carry)` for this cluster's tiles; `upcoming` is the next one (or the last)."""
     cluster, num_clusters = lax.axis_index(SM_AXIS), lax.axis_size(SM_AXIS)
     steps = lax.div(jnp.int32(schedule.num_tiles) - cluster + (num_clusters - 1), jnp.int32(num_clusters))
-    tile = lambda step: schedule.tile(cluster + lax.min(step, steps - 1) * num_clusters)
+
+    def tile(step):
+        return schedule.tile(cluster + lax.min(step, steps - 1) * num_clusters)
+
     return lax.fori_loop(0, steps, lambda step, carry: body(tile(step), tile(step + 1), carry), carry)

@@ -1,5 +1,7 @@
 """One wave of the main loop: the tensor core's product of 64 rows over one k tile, as float32 registers."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -21,6 +23,9 @@ OPERAND_TRANSFORMS = (plgpu.TilingTransform((8, TILE_K)), plgpu.SwizzleTransform
 """How an FP8 operand lies in shared memory: 8x128 tiles, swizzled by 128 bytes, k innermost."""
 
 ACCUMULATOR_LAYOUT = plgpu.Layout.WGMMA
+
+load: Any = plgpu.load
+"""Loads a reference in a given layout; untyped, for its signature differs between versions of jax."""
 
 FIRST_TURN_BARRIER = 8
 """Named barriers 8 to 10 pass the turn between warpgroups; Mosaic itself uses 0 to 4."""
@@ -112,7 +117,7 @@ def _issue(registers, rows_descriptor, columns_descriptor, tile: int, names: tup
         offset = llvm.ConstantOp(i64, ir.IntegerAttr.get(i64, step * INSTRUCTION_K >> 4)).result
         operands = [arith.addi(descriptor, offset) for descriptor in (rows_descriptor, columns_descriptor)]
         keep = llvm.ConstantOp(i32, ir.IntegerAttr.get(i32, int(step > 0))).result
-        result = llvm.inline_asm(
+        result: Any = llvm.inline_asm(
             result_type, [*registers, *operands, keep], text, constraints, asm_dialect=0, has_side_effects=True
         )
         registers = [llvm.extractvalue(f32, result, [i]) for i in range(count)]
@@ -138,7 +143,7 @@ def _fence_registers(registers):
     f32 = ir.F32Type.get()
     count = len(registers)
     constraints = ",".join(["=f"] * count + [str(i) for i in range(count)])
-    result = llvm.inline_asm(
+    result: Any = llvm.inline_asm(
         llvm.StructType.get_literal([f32] * count), registers, "", constraints, asm_dialect=0, has_side_effects=True
     )
     return [llvm.extractvalue(f32, result, [i]) for i in range(count)]
