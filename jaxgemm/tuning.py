@@ -1,6 +1,29 @@
-"""Tiles for the kernels: what a configuration is, which are valid, and which one serves a problem."""
+"""Tiles for the kernels: what a configuration is, which are valid, and which one serves a problem.
+
+Everything here is plain Python on static shapes: no device is asked, and nothing is run.
+"""
 
 import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+
+from jaxgemm.layout import SCALE_BLOCK, align_up, cdiv
+from jaxgemm.problem import GemmProblem
+
+SHARED_MEMORY_BYTES = 232448
+"""Shared memory of a block on sm_90: 227 KiB (CUDA programming guide, table of technical specifications)."""
+
+BUFFER_ALIGNMENT = 1024
+"""Mosaic starts each buffer in shared memory at a multiple of this: the period of a 128-byte swizzle."""
+
+WAVE_ROWS = 64
+MAX_CLUSTER = 8
+STAGED_BYTES = 16384
+"""Most bytes of the output that a warpgroup stages before it stores them."""
+
+ACCUMULATOR_REGISTERS = {1: 192, 2: 192, 3: 128}
+"""Registers a thread for sums and one partial, by the number of compute warpgroups: the most that never spilled."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,3 +51,192 @@ class GemmConfig:
     split_k: int = 1
     band: int = 8
     band_along_n: bool = False
+
+    @property
+    def tile_rows(self) -> int:
+        """Rows of the tile as wgmma sees it: its M side."""
+        return self.tile_n if self.swap_operands else self.tile_m
+
+    @property
+    def tile_columns(self) -> int:
+        """Columns of the tile as wgmma sees it: its N side."""
+        return self.tile_m if self.swap_operands else self.tile_n
+
+    @property
+    def num_waves(self) -> int:
+        """Waves of 64 rows that each compute warpgroup sums."""
+        return self.tile_rows // (WAVE_ROWS * self.warpgroups)
+
+
+def why_invalid(problem: GemmProblem, config: GemmConfig) -> str | None:
+    """Returns why the Hopper kernel cannot run a problem with a configuration, or None if it can.
+
+    Example:
+        >>> import jax.numpy as jnp, numpy as np
+        >>> from jaxgemm.problem import GemmProblem
+        >>> e4m3, bf16 = np.dtype(jnp.float8_e4m3fn), np.dtype(jnp.bfloat16)
+        >>> problem = GemmProblem("dense", 4096, 4096, 7168, e4m3, e4m3, (1, 128), (128, 128), bf16)
+        >>> why_invalid(problem, GemmConfig(tile_m=256, tile_n=128, stages=3))
+        >>> why_invalid(problem, GemmConfig(tile_m=256, tile_n=128, stages=5))
+        'it needs 284752 bytes of shared memory, a block has 232448'
+    """
+    rows, columns, warpgroups = config.tile_rows, config.tile_columns, config.warpgroups
+    if problem.kind != "dense":
+        return f"the dense kernel does not serve kind={problem.kind!r}"
+    if min(problem.m, problem.n, problem.k) < 1:
+        return f"m, n and k must be positive, got {problem.m}, {problem.n}, {problem.k}"
+    if any(shape not in ((1, SCALE_BLOCK), (SCALE_BLOCK, SCALE_BLOCK)) for shape in _block_shapes(problem)):
+        return f"blocks must be 1x128 or 128x128, got {_block_shapes(problem)}"
+    if warpgroups not in ACCUMULATOR_REGISTERS or config.stages < 2:
+        return f"it needs 1 to 3 warpgroups and at least 2 stages, got {warpgroups} and {config.stages}"
+    if rows % (WAVE_ROWS * warpgroups) or rows > 256:
+        return f"the wgmma's M side, {rows}, must be a multiple of 64 x {warpgroups} warpgroups, up to 256"
+    if columns % 8 or not 8 <= columns <= 256:
+        return f"the wgmma's N side, {columns}, must be a multiple of 8, up to 256"
+    if columns * (config.num_waves + 1) // 2 > ACCUMULATOR_REGISTERS[warpgroups]:
+        return f"{config.num_waves} waves of {columns} columns do not fit in registers"
+    if config.split_k > 1 and not (config.swap_operands and config.num_waves == 1 and config.share == 1):
+        return "split_k needs swapped operands, one wave a warpgroup and no sharing"
+    if config.split_k > cdiv(problem.k, SCALE_BLOCK) or config.split_k * config.share > MAX_CLUSTER:
+        return f"split_k={config.split_k} exceeds the k tiles, or a cluster of {MAX_CLUSTER}"
+    if config.share > 1 and (config.swap_operands or _all_scales_per_row(problem)):
+        return "swapped operands, and two that are scaled by 1x128 blocks, cannot share loads"
+    used = shared_memory_bytes(problem, config)
+    if used > SHARED_MEMORY_BYTES:
+        return f"it needs {used} bytes of shared memory, a block has {SHARED_MEMORY_BYTES}"
+    return None
+
+
+def shared_memory_bytes(problem: GemmProblem, config: GemmConfig) -> int:
+    """Shared memory of a block: every buffer aligned, eight bytes a barrier."""
+    k_tiles = cdiv(problem.k, SCALE_BLOCK)
+    total = 0
+    for tile, shape in zip((config.tile_m, config.tile_n), _block_shapes(problem), strict=True):
+        blocks = cdiv(SCALE_BLOCK - math.gcd(tile, SCALE_BLOCK) + tile, SCALE_BLOCK)
+        by_row = 4 * config.stages * max(tile, 32)
+        by_block = 4 * config.warpgroups * blocks * align_up(k_tiles, 128)
+        total += _aligned(config.stages * tile * SCALE_BLOCK) + _aligned(by_row if shape[0] == 1 else by_block)
+    itemsize = problem.out_dtype.itemsize
+    stored = config.tile_columns
+    if config.split_k > 1:
+        stored = max(8, cdiv(stored, config.split_k * 8) * 8)
+        total += _aligned(4 * config.warpgroups * WAVE_ROWS * partial_pitch(config.tile_columns)) + 16
+    wave = WAVE_ROWS * stored * itemsize
+    if not config.swap_operands:
+        chunk = WAVE_ROWS * math.gcd(128, stored * itemsize)
+        wave = min(wave, max(1, STAGED_BYTES // chunk) * chunk)
+    total += _aligned(config.warpgroups * wave)
+    if problem.has_bias:
+        total += _aligned(4 * align_up(config.tile_n, 64)) + 16
+    return total + 16 * config.stages
+
+
+def partial_pitch(columns: int) -> int:
+    """Floats from one row of partial sums to the next: 8 beyond a multiple of 32, so that no two banks collide."""
+    return align_up(columns - 8, 32) + 8
+
+
+def _aligned(size: int) -> int:
+    return align_up(size, BUFFER_ALIGNMENT)
+
+
+def _block_shapes(problem: GemmProblem) -> tuple[tuple[int, int], tuple[int, int]]:
+    return problem.lhs_block_shape, problem.rhs_block_shape
+
+
+def _all_scales_per_row(problem: GemmProblem) -> bool:
+    return all(shape[0] == 1 for shape in _block_shapes(problem))
+
+
+def _with_most_stages(problem: GemmProblem, config: GemmConfig, limit: int) -> GemmConfig | None:
+    """The configuration with as many stages as fit, up to a limit; None if fewer than two fit."""
+    for stages in range(limit, 1, -1):
+        candidate = dataclasses.replace(config, stages=stages)
+        if why_invalid(problem, candidate) is None:
+            return candidate
+    return None
+
+
+def candidates(problem: GemmProblem) -> Iterator[GemmConfig]:
+    """Every configuration worth considering for a problem; all are valid."""
+    for tile_m, warpgroups in ((256, 2), (192, 3), (128, 2), (64, 1)):
+        for tile_n in (128,) if tile_m > 128 else (32, 64, 96, 128, 160, 192):
+            config = _with_most_stages(problem, GemmConfig(tile_m, tile_n, 2, warpgroups), 8)
+            if config is not None:
+                yield config
+    if problem.m <= 192:
+        tile_m = align_up(problem.m, 8)
+        for tile_n, warpgroups in ((64, 1), (128, 2), (192, 3)):
+            for split_k in (1, 2, 4):
+                config = GemmConfig(tile_m, tile_n, 2, warpgroups, swap_operands=True, split_k=split_k)
+                config = _with_most_stages(problem, config, 24)
+                if config is not None:
+                    yield config
+
+
+MAC_MICROSECONDS = 2.29e-5
+"""Time of one multiply-add of a tile on one SM at full rate; H200, measured over tiles from 128x192 to 256x128."""
+
+TILE_MICROSECONDS = 1.0
+"""Time of a tile outside its main loop; the intercept of the same measurements."""
+
+LATENCY_MICROSECONDS = 0.2
+"""Least time of a k tile: wait, multiply, promote."""
+
+SM_BYTES_PER_MICROSECOND = 60e3
+"""What one SM takes in from the L2 cache."""
+
+MEMORY_BYTES_PER_MICROSECOND = 3.3e6
+"""Device memory, between an H100 and an H200."""
+
+SPLIT_MICROSECONDS = 1.5
+"""Time to exchange partial sums in a cluster."""
+
+
+def predicted_microseconds(problem: GemmProblem, config: GemmConfig, num_sms: int) -> float:
+    """A model of the kernel's time: the slowest of tensor cores, latency, L2 and memory, wave by wave."""
+    tiles = cdiv(problem.m, config.tile_m) * cdiv(problem.n, config.tile_n)
+    clusters = max(1, num_sms // (config.split_k * config.share))
+    waves = cdiv(cdiv(tiles, config.share), clusters)
+    k_tiles = cdiv(cdiv(problem.k, SCALE_BLOCK), config.split_k)
+    narrow = 1 + max(0, 128 - config.tile_columns) / 256
+    shallow = 1.1 if config.num_waves * config.warpgroups <= 2 and config.tile_columns <= 128 else 1.0
+    macs = config.tile_rows * max(config.tile_columns, 16) * SCALE_BLOCK / 128
+    multiply = k_tiles * macs * MAC_MICROSECONDS * narrow * shallow
+    ingest = k_tiles * (config.tile_m + config.tile_n) * SCALE_BLOCK / SM_BYTES_PER_MICROSECOND
+    busy = waves * max(multiply, ingest, k_tiles * LATENCY_MICROSECONDS)
+    memory = (problem.m * problem.k + problem.n * problem.k) / MEMORY_BYTES_PER_MICROSECOND
+    return max(busy, memory) + waves * TILE_MICROSECONDS + (SPLIT_MICROSECONDS if config.split_k > 1 else 0)
+
+
+@functools.lru_cache(maxsize=1024)
+def choose_config(problem: GemmProblem, num_sms: int) -> GemmConfig:
+    """Returns the configuration for a problem: a measured one if the table has it, else the best by the model.
+
+    Args:
+        problem: dense, with m, n and k positive.
+        num_sms: streaming multiprocessors of the device.
+
+    Raises:
+        ValueError: if no configuration is valid.
+    """
+    key = problem.m, problem.n, problem.k, *(shape[0] for shape in _block_shapes(problem))
+    measured = MEASURED.get(key)
+    if measured is not None and why_invalid(problem, measured) is None:
+        return measured
+    ranked = sorted(candidates(problem), key=lambda config: predicted_microseconds(problem, config, num_sms))
+    if not ranked:
+        raise ValueError(f"no configuration of the Hopper kernel serves {problem}")
+    return _with_sharing(problem, ranked[0])
+
+
+def _with_sharing(problem: GemmProblem, config: GemmConfig) -> GemmConfig:
+    """Pairs blocks of a 256x128 configuration in clusters where the tiles along n come in pairs."""
+    if config.tile_m < 256 or cdiv(problem.n, config.tile_n) % 2 or problem.k < 4096:
+        return config
+    shared = dataclasses.replace(config, share=2)
+    return config if why_invalid(problem, shared) else shared
+
+
+MEASURED: dict[tuple[int, ...], GemmConfig] = {}
+"""(m, n, k, rows of an lhs block, rows of an rhs block): the fastest configuration measured."""

@@ -8,12 +8,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxgemm.kernels.wave import ACCUMULATOR_LAYOUT, WAVE_ROWS
+from jaxgemm.kernels.wave import ACCUMULATOR_LAYOUT, WAVE_ROWS, load
+from jaxgemm.tuning import STAGED_BYTES
 
 SWIZZLE_BYTES = 128
-
-STAGED_BYTES = 16384
-"""Most bytes of the output that a warpgroup stages before it stores them."""
 
 
 def activate(values: jax.Array, activation: str | None) -> jax.Array:
@@ -66,7 +64,7 @@ def add_bias(sums: list[jax.Array], bias_smem: Any, row: jax.Array, transposed: 
         width = part.shape[1]
         start, length, axis = (row, WAVE_ROWS, 0) if transposed else (column, width, 1)
         window = bias_smem.at[pl.ds(start, length)]
-        bias = plgpu.load(window, layout=ACCUMULATOR_LAYOUT.reduce(1 - axis)).astype(jnp.float32)
+        bias = load(window, layout=ACCUMULATOR_LAYOUT.reduce(1 - axis)).astype(jnp.float32)
         biased.append(part + lax.broadcast_in_dim(bias, part.shape, [axis]))
         column += width
     return biased
@@ -91,7 +89,9 @@ def store_wave(sums: list[jax.Array], out_smem: Any, out_gmem: Any, row: jax.Arr
         plgpu.commit_smem_to_gmem_group()
 
 
-def store_wave_transposed(sums: list[jax.Array], out_smem: Any, out_gmem: Any, row: jax.Array, column: jax.Array) -> None:
+def store_wave_transposed(
+    sums: list[jax.Array], out_smem: Any, out_gmem: Any, row: jax.Array, column: jax.Array
+) -> None:
     """Stores one wave `[64, tile_columns]` as `[tile_columns, 64]` of the output."""
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     first = 0

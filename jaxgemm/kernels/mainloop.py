@@ -5,6 +5,7 @@ Either may be scaled by 1x128 blocks (one scale a row and k tile) or by 128x128 
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,8 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxgemm.kernels.schedule import SHARE_AXIS, Tile
-from jaxgemm.kernels.wave import ACCUMULATOR_LAYOUT, OPERAND_TRANSFORMS, TILE_K, WAVE_ROWS
-from jaxgemm.layout import cdiv
+from jaxgemm.kernels.wave import ACCUMULATOR_LAYOUT, OPERAND_TRANSFORMS, TILE_K, WAVE_ROWS, load
+from jaxgemm.layout import align_up, cdiv
 
 SCALE_BLOCK_ROWS = 128
 MIN_SLAB = 32
@@ -32,22 +33,32 @@ class Operand:
         tile: rows of it in a tile.
         scale_per_row: True if scaled by 1x128 blocks, False if by 128x128.
         num_scale_blocks: rows of the stored 128x128 scales; unused if scale_per_row.
+        k_tiles: k tiles, and columns of the stored 128x128 scales.
         dtype: FP8.
     """
 
     tile: int
     scale_per_row: bool
     num_scale_blocks: int
+    k_tiles: int
     dtype: Any
     multicast: bool = False
 
     @property
-    def scales_per_stage(self) -> int:
-        """Scales held in shared memory for one k tile."""
-        if self.scale_per_row:
-            return max(self.tile, MIN_SLAB)
+    def slab(self) -> int:
+        """1x128 scales held in shared memory for one k tile."""
+        return max(self.tile, MIN_SLAB)
+
+    @property
+    def blocks_per_tile(self) -> int:
+        """128x128 blocks that a tile can touch along its rows."""
         furthest_start = SCALE_BLOCK_ROWS - math.gcd(self.tile, SCALE_BLOCK_ROWS)
         return cdiv(furthest_start + self.tile, SCALE_BLOCK_ROWS)
+
+    @property
+    def scale_row(self) -> int:
+        """128x128 scales that a warpgroup loads at once: those of every k tile, and a few more."""
+        return align_up(self.k_tiles, 128)
 
     @property
     def num_copies(self) -> int:
@@ -58,8 +69,8 @@ class Operand:
 class KRange(NamedTuple):
     """The k tiles that a block sums: the first one, and how many."""
 
-    first: jax.Array | int
-    count: jax.Array | int
+    first: Any
+    num_tiles: Any
 
 
 class OperandRefs(NamedTuple):
@@ -71,10 +82,50 @@ class OperandRefs(NamedTuple):
     scales_smem: Any
 
 
-def stage_buffers(operand: Operand, stages: int) -> tuple[Any, Any]:
-    """The shared-memory types of an operand's values and scales."""
+def operand_buffers(operand: Operand, stages: int, num_warpgroups: int) -> tuple[Any, Any]:
+    """The shared-memory types of an operand's values and scales.
+
+    1x128 scales come with each k tile; 128x128 scales stay for a tile, each warpgroup with a copy of its own.
+    """
     values = plgpu.SMEM((stages, operand.tile, TILE_K), operand.dtype, transforms=OPERAND_TRANSFORMS)
-    return values, plgpu.SMEM((stages, operand.scales_per_stage), jnp.float32)
+    blocks = (num_warpgroups, operand.blocks_per_tile, operand.scale_row)
+    return values, plgpu.SMEM((stages, operand.slab) if operand.scale_per_row else blocks, jnp.float32)
+
+
+def flat_block_scales(operand: Operand, scales: jax.Array) -> jax.Array:
+    """Stored 128x128 scales as one axis, long enough that a warpgroup can load any `scale_row` of them unmasked."""
+    flat = scales.reshape(-1)
+    return flat if flat.size >= operand.scale_row else jnp.pad(flat, (0, operand.scale_row - flat.size))
+
+
+class BlockScales(NamedTuple):
+    """128x128 scales of a tile: for each block that it touches, a row of them, and where k tile 0 lies in it."""
+
+    rows: list[jax.Array]
+    shifts: list[jax.Array]
+
+
+def load_block_scales(side: tuple[Operand, OperandRefs], start: jax.Array) -> BlockScales | None:
+    """Begins to load a tile's 128x128 scales into registers; None if the operand has none."""
+    operand, refs = side
+    if operand.scale_per_row:
+        return None
+    layout = plgpu.Layout.WG_STRIDED((operand.scale_row,), vec_size=1)
+    last = refs.scales_gmem.shape[0] - operand.scale_row
+    rows, shifts = [], []
+    for i in range(operand.blocks_per_tile):
+        block = lax.min(lax.div(start, SCALE_BLOCK_ROWS) + i, operand.num_scale_blocks - 1)
+        first = lax.min(block * operand.k_tiles, last)
+        rows.append(load(refs.scales_gmem.at[pl.ds(first, operand.scale_row)], layout=layout))
+        shifts.append(block * operand.k_tiles - first)
+    return BlockScales(rows, shifts)
+
+
+def keep_block_scales(side: tuple[Operand, OperandRefs], scales: BlockScales | None, warpgroup: jax.Array) -> None:
+    """Writes loaded scales to this warpgroup's copy in shared memory; the caller commits them."""
+    if scales is not None:
+        for i, row in enumerate(scales.rows):
+            side[1].scales_smem[warpgroup, i] = row
 
 
 def next_slot(slot: jax.Array, stages: int) -> jax.Array:
@@ -93,9 +144,8 @@ def load_tile(
 ) -> jax.Array:
     """The loading warp's part of a tile: brings every k tile of both operands into the next free stage.
 
-    Waits on `empty_barrier` (arrived at by every compute warpgroup), arrives at `full_barrier`. Block scales are
-    single numbers, which TMA cannot copy: they are read one k tile ahead, and written to the stage by this warp
-    before it arrives.
+    Waits on `empty_barrier` (arrived at by every compute warpgroup), arrives at `full_barrier`. 128x128 scales are
+    left to the compute warpgroups: their rows are too short for TMA.
 
     Args:
         operands: (description, references) of the rows and of the columns operand.
@@ -107,50 +157,29 @@ def load_tile(
         iteration: k tiles loaded before, in all tiles.
 
     Returns:
-        `iteration + k_range.count`.
+        `iteration + k_range.num_tiles`.
     """
 
-    def read_block_scales(k_index):
-        k_index = k_range.first + lax.min(k_index, k_range.count - 1)
-        return [
-            [
-                refs.scales_gmem[lax.min(lax.div(start, SCALE_BLOCK_ROWS) + i, operand.num_scale_blocks - 1), k_index]
-                for i in range(operand.scales_per_stage)
-            ]
-            for (operand, refs), start in zip(operands, starts, strict=True)
-            if not operand.scale_per_row
-        ]
-
-    def load_k_tile(step, carry):
-        slot, block_scales = carry
+    def load_k_tile(step, slot):
         k_index = k_range.first + step
-        upcoming_scales = read_block_scales(step + 1)
 
         @pl.when(iteration + step >= stages)
         def wait_until_consumed():
             plgpu.barrier_wait(empty_barrier.at[slot])
 
-        pending = iter(block_scales)
-        for operand, refs in operands:
-            if not operand.scale_per_row:
-                for i, scale in enumerate(next(pending)):
-                    refs.scales_smem[slot, i] = scale
-
         barrier = full_barrier.at[slot]
         for (operand, refs), start in zip(operands, starts, strict=True):
             if operand.scale_per_row:
-                slab = pl.ds(start, operand.scales_per_stage)
+                slab = pl.ds(start, operand.slab)
                 plgpu.copy_gmem_to_smem(refs.scales_gmem.at[k_index, slab], refs.scales_smem.at[slot], barrier)
             box = pl.ds(start, operand.tile), pl.ds(k_index * TILE_K, TILE_K)
             axes = SHARE_AXIS if operand.multicast else None
-            plgpu.copy_gmem_to_smem(
-                refs.values_gmem.at[box], refs.values_smem.at[slot], barrier, collective_axes=axes
-            )
-        return next_slot(slot, stages), upcoming_scales
+            plgpu.copy_gmem_to_smem(refs.values_gmem.at[box], refs.values_smem.at[slot], barrier, collective_axes=axes)
+        return next_slot(slot, stages)
 
     slot = lax.rem(iteration, jnp.int32(stages))
-    lax.fori_loop(0, k_range.count, load_k_tile, (slot, read_block_scales(jnp.int32(0))))
-    return iteration + k_range.count
+    lax.fori_loop(0, k_range.num_tiles, load_k_tile, slot)
+    return iteration + k_range.num_tiles
 
 
 def drain(empty_barrier: Any, stages: int, iteration: jax.Array) -> None:
@@ -165,7 +194,8 @@ def compute_tile(
     rows: tuple[Operand, OperandRefs],
     columns: tuple[Operand, OperandRefs],
     starts: Tile,
-    first_row: jax.Array,
+    shifts: list[Any],
+    warpgroup: jax.Array,
     num_waves: int,
     k_range: KRange,
     stages: int,
@@ -183,7 +213,8 @@ def compute_tile(
         rows: description and references of the rows operand.
         columns: of the columns operand.
         starts: where the tile starts.
-        first_row: this warpgroup's first row within the tile.
+        shifts: where k tile 0 lies in the kept 128x128 scales of rows and columns; None for 1x128 scales.
+        warpgroup: number of this warpgroup; it computes its share of the tile's rows.
         num_waves: waves of 64 rows it computes.
         k_range: k tiles to sum.
         stages: stages of the pipeline.
@@ -198,6 +229,7 @@ def compute_tile(
     late = loads_scales_late(rows[0], columns[0])
     chunk = chunk_columns(columns[0])
     chunks = range(0, columns[0].tile, chunk)
+    first_row = warpgroup * (num_waves * WAVE_ROWS)
     wave_rows = [first_row + wave * WAVE_ROWS for wave in range(num_waves)]
 
     def promote(partial, sums, row_scale, column_scales):
@@ -207,13 +239,18 @@ def compute_tile(
             for part, accumulated, column_scale in zip(parts, sums, column_scales, strict=True)
         ]
 
-    def accumulate_k_tile(_, carry):
+    def accumulate_k_tile(step, carry):
         slot, sums, recycled = carry
+        place = ScalePlace(slot, warpgroup, k_range.first + step)
         plgpu.barrier_wait(full_barrier.at[slot])
-        load_row_scales = lambda row: _load_scales(rows, slot, starts.row_start, row, WAVE_ROWS, axis=0)
-        load_column_scales = lambda: [
-            _load_scales(columns, slot, starts.column_start, column, chunk, axis=1) for column in chunks
-        ]
+
+        def load_row_scales(row):
+            return _load_scales(rows, place, shifts[0], starts.row_start, row, WAVE_ROWS, axis=0)
+
+        def load_column_scales():
+            load_chunk = functools.partial(_load_scales, columns, place, shifts[1], starts.column_start)
+            return [load_chunk(column, chunk, axis=1) for column in chunks]
+
         if not late:
             row_scales, column_scales = [load_row_scales(row) for row in wave_rows], load_column_scales()
         new_sums = []
@@ -225,9 +262,11 @@ def compute_tile(
         plgpu.barrier_arrive(empty_barrier.at[slot])
         return next_slot(slot, stages), new_sums, recycled
 
-    zero = lambda width: plgpu.layout_cast(jnp.zeros((WAVE_ROWS, width), jnp.float32), ACCUMULATOR_LAYOUT)
+    def zero(width):
+        return plgpu.layout_cast(jnp.zeros((WAVE_ROWS, width), jnp.float32), ACCUMULATOR_LAYOUT)
+
     sums = [[zero(chunk) for _ in chunks] for _ in range(num_waves)]
-    slot, sums, _ = lax.fori_loop(0, k_range.count, accumulate_k_tile, (slot, sums, zero(columns[0].tile)))
+    slot, sums, _ = lax.fori_loop(0, k_range.num_tiles, accumulate_k_tile, (slot, sums, zero(columns[0].tile)))
     return sums, slot
 
 
@@ -238,7 +277,7 @@ def loads_scales_late(rows: Operand, columns: Operand) -> bool:
     product is complete, since it needs them all; then one thread can release the stage for them all. Late ones
     have not, and every thread must arrive.
     """
-    return rows.scale_per_row and columns.scale_per_row
+    return columns.scale_per_row and (rows.scale_per_row or columns.tile > 128)
 
 
 def chunk_columns(columns: Operand) -> int:
@@ -246,16 +285,27 @@ def chunk_columns(columns: Operand) -> int:
     return columns.tile if columns.scale_per_row else math.gcd(columns.tile, SCALE_BLOCK_ROWS)
 
 
-def _load_scales(side: tuple[Operand, OperandRefs], slot, tile_start, offset, length: int, axis: int):
+class ScalePlace(NamedTuple):
+    """Where the scales of a k tile lie: its stage (1x128), or its warpgroup's copy and its number (128x128)."""
+
+    slot: jax.Array
+    warpgroup: jax.Array
+    k_index: jax.Array
+
+
+def _load_scales(side: tuple[Operand, OperandRefs], place: ScalePlace, shifts, tile_start, offset, length, axis: int):
     """The scales of `length` rows of an operand from `offset` of its tile on: a vector, or one number."""
     operand, refs = side
     if operand.scale_per_row:
         layout = ACCUMULATOR_LAYOUT.reduce(1 - axis)
-        return plgpu.load(refs.scales_smem.at[slot, pl.ds(offset, length)], layout=layout)
-    if operand.scales_per_stage == 1:
-        return refs.scales_smem[slot, 0]
+        return load(refs.scales_smem.at[place.slot, pl.ds(offset, length)], layout=layout)
+    if operand.blocks_per_tile == 1:
+        return refs.scales_smem[place.warpgroup, 0, shifts[0] + place.k_index]
     block = lax.div(tile_start + offset, SCALE_BLOCK_ROWS) - lax.div(tile_start, SCALE_BLOCK_ROWS)
-    return refs.scales_smem[slot, block]
+    shift = shifts[0]
+    for i in range(1, len(shifts)):
+        shift = lax.select(block == i, shifts[i], shift)
+    return refs.scales_smem[place.warpgroup, block, shift + place.k_index]
 
 
 def _scale(partial: jax.Array, row_scale: jax.Array, column_scale: jax.Array) -> jax.Array:
@@ -263,5 +313,7 @@ def _scale(partial: jax.Array, row_scale: jax.Array, column_scale: jax.Array) ->
     if row_scale.ndim and column_scale.ndim:
         by_column = lax.broadcast_in_dim(column_scale, partial.shape, [1])
         return partial * by_column * lax.broadcast_in_dim(row_scale, partial.shape, [0])
+    if not row_scale.ndim and not column_scale.ndim:
+        return partial * (row_scale * column_scale)
     axis = 0 if row_scale.ndim else 1
     return partial * lax.broadcast_in_dim(row_scale * column_scale, partial.shape, [axis])

@@ -89,9 +89,17 @@ class DenseSchedule:
         return Tile(row * self.tile_rows, column * self.tile_columns)
 
 
-def for_each_tile(schedule: TileSchedule, body: Callable[[Tile, jax.Array, Any], Any], carry: Any) -> Any:
-    """Runs `carry = body(tile, step, carry)` for this cluster's tiles; `step` counts them from 0."""
+def first_tile(schedule: TileSchedule) -> Tile:
+    """The first tile of this cluster."""
+    return schedule.tile(lax.axis_index(SM_AXIS))
+
+
+def for_each_tile(schedule: TileSchedule, body: Callable[[Tile, Tile, Any], Any], carry: Any) -> Any:
+    """Runs `carry = body(tile, upcoming, carry)` for this cluster's tiles; `upcoming` is the next one (or the last)."""
     cluster, num_clusters = lax.axis_index(SM_AXIS), lax.axis_size(SM_AXIS)
     steps = lax.div(jnp.int32(schedule.num_tiles) - cluster + (num_clusters - 1), jnp.int32(num_clusters))
-    next_tile = lambda step: schedule.tile(cluster + step * num_clusters)
-    return lax.fori_loop(0, steps, lambda step, carry: body(next_tile(step), step, carry), carry)
+
+    def tile(step):
+        return schedule.tile(cluster + lax.min(step, steps - 1) * num_clusters)
+
+    return lax.fori_loop(0, steps, lambda step, carry: body(tile(step), tile(step + 1), carry), carry)

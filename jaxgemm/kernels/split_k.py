@@ -4,6 +4,7 @@ Each block writes its float32 partial sums; then each adds up, in the order of t
 The order is fixed, so the result is the same in every run.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -13,8 +14,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxgemm.kernels.schedule import SPLIT_AXIS
-from jaxgemm.kernels.wave import ACCUMULATOR_LAYOUT, WAVE_ROWS
+from jaxgemm.kernels.wave import ACCUMULATOR_LAYOUT, WAVE_ROWS, load
 from jaxgemm.layout import cdiv
+from jaxgemm.tuning import partial_pitch
 
 MIN_SLICE = 8
 """Fewest columns of a wgmma accumulator."""
@@ -26,8 +28,8 @@ def slice_columns(tile_columns: int, split_k: int) -> int:
 
 
 def partial_buffer(num_warpgroups: int, tile_columns: int) -> Any:
-    """The shared-memory type of a block's partial sums."""
-    return plgpu.SMEM((num_warpgroups, WAVE_ROWS, tile_columns), jnp.float32)
+    """The shared-memory type of a block's partial sums; rows are spread over the banks."""
+    return plgpu.SMEM((num_warpgroups, WAVE_ROWS, partial_pitch(tile_columns)), jnp.float32)
 
 
 def exchange_barrier(num_warpgroups: int) -> Any:
@@ -48,15 +50,16 @@ def sum_slice(sums: jax.Array, partial_smem: Any, ready_barrier: Any, split_k: i
     Returns:
         float32 `[64, slice]`. Blocks past the last slice return an undefined array.
     """
-    partial_smem[...] = sums
+    columns = sums.shape[1]
+    partial_smem[:, :columns] = sums
     plgpu.commit_smem()
     plgpu.barrier_arrive(ready_barrier)
     plgpu.barrier_wait(ready_barrier)
-    width = slice_columns(sums.shape[1], split_k)
-    start = lax.min(rank * width, sums.shape[1] - width)
-    total = None
-    for peer in range(split_k):
-        remote_smem = plgpu.cluster_ref(partial_smem.at[:, pl.ds(start, width)], {SPLIT_AXIS: jnp.int32(peer)})
-        part = plgpu.load(remote_smem, layout=ACCUMULATOR_LAYOUT, optimized=False)
-        total = part if total is None else total + part
-    return total
+    width = slice_columns(columns, split_k)
+    start = lax.min(rank * width, columns - width)
+    window = partial_smem.at[:, pl.ds(start, width)]
+    parts = [
+        load(plgpu.cluster_ref(window, {SPLIT_AXIS: jnp.int32(peer)}), layout=ACCUMULATOR_LAYOUT, optimized=False)
+        for peer in range(split_k)
+    ]
+    return functools.reduce(jnp.add, parts)

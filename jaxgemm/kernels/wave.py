@@ -1,5 +1,7 @@
 """One wave of the main loop: the tensor core's product of 64 rows over one k tile, as float32 registers."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -22,27 +24,35 @@ OPERAND_TRANSFORMS = (plgpu.TilingTransform((8, TILE_K)), plgpu.SwizzleTransform
 
 ACCUMULATOR_LAYOUT = plgpu.Layout.WGMMA
 
+load: Any = plgpu.load
+"""Loads a reference in a given layout; untyped, for its signature differs between versions of jax."""
+
+FIRST_TURN_BARRIER = 8
+"""Named barriers 8 to 10 pass the turn between warpgroups; Mosaic itself uses 0 to 4."""
+
 _FP8_NAMES = {jnp.dtype(jnp.float8_e4m3fn): "e4m3", jnp.dtype(jnp.float8_e5m2): "e5m2"}
 
 
-def multiply_wave(rows_smem, columns_smem, recycled: jax.Array | None) -> jax.Array:
+def multiply_wave(rows_smem, columns_smem, recycled: jax.Array, num_warpgroups: int) -> jax.Array:
     """Returns `rows @ columns.T` of one k tile, in registers of the warpgroup that calls.
 
     NOTE: Pallas' `wgmma` can only add to an accumulator, so each product would need fresh zeroed registers; two in
     flight then spill. This one starts with the accumulator disabled (scale-d = 0) and writes over the registers of
     `recycled`, so that every wave of a warpgroup uses the same ones.
 
+    NOTE: the compute warpgroups take turns to issue. Left alone they fall into step: the tensor core serves them
+    alternately, all finish together, and it idles while all promote. In turn, one promotes while another multiplies.
+
     Args:
         rows_smem: FP8 reference `[64, 128]` in shared memory.
         columns_smem: FP8 reference `[tile, 128]` in shared memory, tile a multiple of 8 up to 256.
-        recycled: float32 `[64, tile]`, a product no longer needed; None for the first.
+        recycled: float32 `[64, tile]`, a product no longer needed.
+        num_warpgroups: compute warpgroups, each of which calls this equally often.
 
     Returns:
         float32 `[64, tile]`.
     """
     shape = (rows_smem.shape[0], columns_smem.shape[0])
-    if recycled is None:
-        recycled = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), ACCUMULATOR_LAYOUT)
     names = _FP8_NAMES[jnp.dtype(rows_smem.dtype)], _FP8_NAMES[jnp.dtype(columns_smem.dtype)]
     operand = plgpu.RefType(OPERAND_TRANSFORMS)
 
@@ -52,15 +62,33 @@ def multiply_wave(rows_smem, columns_smem, recycled: jax.Array | None) -> jax.Ar
     )
     def issue_and_wait(ctx, rows, columns, recycled):
         del ctx
-        registers = _issue(_scalars(recycled), _descriptor(rows), _descriptor(columns), shape[1], names)
-        return _from_scalars(registers, recycled)
+        registers = _fence_registers(_scalars(recycled))
+        if num_warpgroups > 1:
+            _named_barrier("sync", _turn(0, num_warpgroups))
+        registers = _issue(registers, _descriptor(rows), _descriptor(columns), shape[1], names)
+        if num_warpgroups > 1:
+            _named_barrier("arrive", _turn(1, num_warpgroups))
+        nvvm.wgmma_wait_group_sync_aligned(0)
+        return _from_scalars(_fence_registers(registers), recycled)
 
     return issue_and_wait(rows_smem, columns_smem, recycled)
 
 
-def multiply_wave_portable(rows_smem, columns_smem, recycled: jax.Array | None) -> jax.Array:
+def open_turns(num_warpgroups: int) -> None:
+    """Gives the first turn to the first warpgroup: called once by the last compute warpgroup."""
+    if num_warpgroups > 1:
+        plgpu.inline_mgpu()(lambda ctx: _named_barrier("arrive", _turn(1, num_warpgroups)))()
+
+
+def close_turns(num_warpgroups: int) -> None:
+    """Takes the turn that nobody needs any more: called once by the first compute warpgroup."""
+    if num_warpgroups > 1:
+        plgpu.inline_mgpu()(lambda ctx: _named_barrier("sync", _turn(0, num_warpgroups)))()
+
+
+def multiply_wave_portable(rows_smem, columns_smem, recycled: jax.Array, num_warpgroups: int) -> jax.Array:
     """`multiply_wave` in plain Pallas, for the interpreter, which cannot run inlined Mosaic code."""
-    del recycled
+    del recycled, num_warpgroups
     shape = (rows_smem.shape[0], columns_smem.shape[0])
 
     def product(accumulator):
@@ -71,7 +99,7 @@ def multiply_wave_portable(rows_smem, columns_smem, recycled: jax.Array | None) 
 
 
 def _issue(registers, rows_descriptor, columns_descriptor, tile: int, names: tuple[str, str]):
-    """Issues the wgmmas of one k tile, waits for them and returns the registers they wrote."""
+    """Issues the wgmmas of one k tile and returns the registers that they will write."""
     i32, i64, f32 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64), ir.F32Type.get()
     count = len(registers)
     outputs = ", ".join(f"${i}" for i in range(count))
@@ -84,19 +112,30 @@ def _issue(registers, rows_descriptor, columns_descriptor, tile: int, names: tup
     constraints = ",".join(["=f"] * count + [str(i) for i in range(count)] + ["l", "l", "n"])
     result_type = llvm.StructType.get_literal([f32] * count)
 
-    registers = _fence_registers(registers)
     nvvm.wgmma_fence_aligned()
     for step in range(TILE_K // INSTRUCTION_K):
         offset = llvm.ConstantOp(i64, ir.IntegerAttr.get(i64, step * INSTRUCTION_K >> 4)).result
         operands = [arith.addi(descriptor, offset) for descriptor in (rows_descriptor, columns_descriptor)]
         keep = llvm.ConstantOp(i32, ir.IntegerAttr.get(i32, int(step > 0))).result
-        result = llvm.inline_asm(
+        result: Any = llvm.inline_asm(
             result_type, [*registers, *operands, keep], text, constraints, asm_dialect=0, has_side_effects=True
         )
         registers = [llvm.extractvalue(f32, result, [i]) for i in range(count)]
     nvvm.wgmma_commit_group_sync_aligned()
-    nvvm.wgmma_wait_group_sync_aligned(0)
-    return _fence_registers(registers)
+    return registers
+
+
+def _turn(offset: int, num_warpgroups: int) -> ir.Value:
+    """The named barrier of the compute warpgroup that is `offset` after this one, going round."""
+    i32 = ir.IntegerType.get_signless(32)
+    following = arith.addi(mgpu.warpgroup_idx(sync=True), mgpu.c(offset, i32))
+    return arith.addi(arith.remui(following, mgpu.c(num_warpgroups, i32)), mgpu.c(FIRST_TURN_BARRIER, i32))
+
+
+def _named_barrier(action: str, barrier: ir.Value) -> None:
+    """Waits for ("sync") or announces ("arrive") a turn: one warpgroup of each (PTX ISA, `bar`)."""
+    text = f"bar.{action} $0, {2 * 128};"
+    llvm.inline_asm(ir.Type.parse("!llvm.void"), [barrier], text, "r", asm_dialect=0, has_side_effects=True)
 
 
 def _fence_registers(registers):
@@ -104,7 +143,7 @@ def _fence_registers(registers):
     f32 = ir.F32Type.get()
     count = len(registers)
     constraints = ",".join(["=f"] * count + [str(i) for i in range(count)])
-    result = llvm.inline_asm(
+    result: Any = llvm.inline_asm(
         llvm.StructType.get_literal([f32] * count), registers, "", constraints, asm_dialect=0, has_side_effects=True
     )
     return [llvm.extractvalue(f32, result, [i]) for i in range(count)]

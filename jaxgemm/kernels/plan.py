@@ -1,0 +1,133 @@
+"""What a problem and a configuration make of the Hopper kernel: static facts, and buffers in shared memory."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxgemm.kernels import epilogue, split_k
+from jaxgemm.kernels.mainloop import KRange, Operand, loads_scales_late, operand_buffers
+from jaxgemm.kernels.schedule import LOCAL_AXIS, SHARE_AXIS, SPLIT_AXIS, DenseSchedule
+from jaxgemm.kernels.wave import TILE_K, WAVE_ROWS
+from jaxgemm.layout import align_up, cdiv
+from jaxgemm.problem import GemmProblem
+from jaxgemm.tuning import GemmConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a problem and a configuration make of the kernel: the static facts its roles share.
+
+    Attributes:
+        problem: what is computed.
+        config: tiles.
+        lhs, rhs: the operands; `rows` and `columns` are these, in the order that wgmma takes them.
+        num_waves: waves of 64 rows a compute warpgroup sums.
+        k_tiles: k tiles in all.
+        num_sms: blocks that run at once.
+    """
+
+    problem: GemmProblem
+    config: GemmConfig
+    lhs: Operand
+    rhs: Operand
+    num_sms: int
+
+    @property
+    def rows(self) -> Operand:
+        return self.rhs if self.config.swap_operands else self.lhs
+
+    @property
+    def columns(self) -> Operand:
+        return self.lhs if self.config.swap_operands else self.rhs
+
+    @property
+    def num_waves(self) -> int:
+        return self.rows.tile // (WAVE_ROWS * self.config.warpgroups)
+
+    @property
+    def k_tiles(self) -> int:
+        return cdiv(self.problem.k, TILE_K)
+
+    @property
+    def padded_n(self) -> int:
+        """Columns of the output with each row a multiple of 16 bytes, as TMA demands."""
+        return align_up(self.problem.n, 16 // self.problem.out_dtype.itemsize)
+
+    @property
+    def bias_slab(self) -> int:
+        """Biases loaded for a tile: a multiple of 128 bytes, whatever their dtype."""
+        return align_up(self.config.tile_n, 64)
+
+    @property
+    def schedule(self) -> DenseSchedule:
+        problem, config = self.problem, self.config
+        extents = (problem.n, problem.m) if config.swap_operands else (problem.m, problem.n)
+        along_columns = config.band_along_n != config.swap_operands
+        return DenseSchedule(*extents, self.rows.tile, self.columns.tile, config.share, config.band, along_columns)
+
+    @property
+    def output_columns(self) -> int:
+        """Columns of the tile that a block stores."""
+        if self.config.split_k == 1:
+            return self.columns.tile
+        return split_k.slice_columns(self.columns.tile, self.config.split_k)
+
+
+def make_plan(problem: GemmProblem, config: GemmConfig, num_sms: int) -> Plan:
+    """Describes the kernel for a problem and a configuration that is valid for it."""
+
+    def operand(rows, tile, block_shape, dtype, is_rows):
+        k_tiles = cdiv(problem.k, TILE_K)
+        return Operand(tile, block_shape[0] == 1, cdiv(rows, 128), k_tiles, dtype, is_rows and config.share > 1)
+
+    lhs = operand(problem.m, config.tile_m, problem.lhs_block_shape, problem.lhs_dtype, not config.swap_operands)
+    rhs = operand(problem.n, config.tile_n, problem.rhs_block_shape, problem.rhs_dtype, config.swap_operands)
+    return Plan(problem, config, lhs, rhs, num_sms)
+
+
+def k_range(plan: Plan) -> KRange:
+    """The k tiles of this block: all, or its share of them."""
+    if plan.config.split_k == 1:
+        return KRange(0, plan.k_tiles)
+    rank = lax.axis_index(SPLIT_AXIS)
+    first, end = (lax.div((rank + i) * plan.k_tiles, jnp.int32(plan.config.split_k)) for i in (0, 1))
+    return KRange(first, end - first)
+
+
+def scratch_types(plan: Plan, bias_dtype: Any) -> dict[str, Any]:
+    """Shared memory and barriers, by name."""
+    problem, config = plan.problem, plan.config
+    lhs_buffers, rhs_buffers = (operand_buffers(o, config.stages, config.warpgroups) for o in (plan.lhs, plan.rhs))
+    num_copies = plan.lhs.num_copies + plan.rhs.num_copies
+    types = dict(
+        lhs_values_smem=lhs_buffers[0],
+        lhs_scales_smem=lhs_buffers[1],
+        rhs_values_smem=rhs_buffers[0],
+        rhs_scales_smem=rhs_buffers[1],
+        full_barrier=plgpu.Barrier(num_arrivals=num_copies, num_barriers=config.stages),
+        empty_barrier=_empty_barrier(plan),
+        out_smem=epilogue.output_buffer(
+            config.warpgroups, plan.output_columns, problem.out_dtype, config.swap_operands
+        ),
+    )
+    if problem.has_bias:
+        types["bias_smem"] = plgpu.SMEM((plan.bias_slab,), bias_dtype)
+        types["bias_full"] = plgpu.Barrier()
+        types["bias_empty"] = plgpu.Barrier(num_arrivals=config.warpgroups)
+    if config.split_k > 1:
+        types["partial_smem"] = split_k.partial_buffer(config.warpgroups, plan.columns.tile)
+        types["ready_barrier"] = split_k.exchange_barrier(config.warpgroups)
+        types["used_barrier"] = split_k.exchange_barrier(config.warpgroups)
+    return types
+
+
+def _empty_barrier(plan: Plan) -> Any:
+    """The barriers that free a stage; a cluster barrier takes one arrival a warpgroup, a plain one takes 128."""
+    arrivals, stages = plan.config.warpgroups, plan.config.stages
+    if loads_scales_late(plan.rows, plan.columns):
+        return plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages)
+    axis = SHARE_AXIS if plan.config.share > 1 else LOCAL_AXIS
+    return plgpu.ClusterBarrier(collective_axes=(axis,), num_arrivals=arrivals, num_barriers=stages)

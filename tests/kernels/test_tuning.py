@@ -1,0 +1,96 @@
+"""The choice of a configuration: pure, valid everywhere, and sensible."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxgemm.problem import GemmProblem
+from jaxgemm.tuning import (
+    MEASURED,
+    SHARED_MEMORY_BYTES,
+    GemmConfig,
+    candidates,
+    choose_config,
+    predicted_microseconds,
+    shared_memory_bytes,
+    why_invalid,
+)
+
+E4M3 = np.dtype(jnp.float8_e4m3fn)
+ROW, SQUARE = (1, 128), (128, 128)
+
+
+def problem(m, n, k, rhs=SQUARE, out=jnp.bfloat16, **options):
+    return GemmProblem("dense", m, n, k, E4M3, E4M3, ROW, rhs, np.dtype(out), **options)
+
+
+sizes = st.one_of(st.integers(1, 300), st.integers(1, 40000))
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes, sizes, sizes, st.sampled_from([ROW, SQUARE]), st.sampled_from([jnp.bfloat16, jnp.float32]), st.booleans())
+def test_every_problem_has_a_valid_configuration(m, n, k, rhs, out, bias):
+    described = problem(m, n, k, rhs, out, has_bias=bias)
+    for num_sms in (1, 114, 132):
+        config = choose_config(described, num_sms)
+        assert why_invalid(described, config) is None
+        assert shared_memory_bytes(described, config) <= SHARED_MEMORY_BYTES
+
+
+def test_candidates_are_valid_and_the_model_orders_them():
+    described = problem(64, 4096, 7168)
+    found = list(candidates(described))
+    assert len(found) > 10
+    assert all(why_invalid(described, config) is None for config in found)
+    assert all(predicted_microseconds(described, config, 132) > 0 for config in found)
+
+
+def test_large_problems_get_large_tiles_and_few_rows_get_swapped():
+    large = choose_config(problem(8192, 8192, 8192), 132)
+    assert large.tile_m * large.tile_n >= 128 * 192 and not large.swap_operands
+    for m in (1, 7, 16):
+        few = choose_config(problem(m, 4096, 7168), 132)
+        assert few.swap_operands and few.tile_m < 64
+
+
+def test_the_choice_is_pure():
+    assert choose_config(problem(300, 500, 700), 132) == choose_config(problem(300, 500, 700), 132)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (GemmConfig(100, 128, 3), "multiple of 64"),
+        (GemmConfig(128, 100, 3), "multiple of 8"),
+        (GemmConfig(256, 128, 4), "shared memory"),
+        (GemmConfig(256, 192, 2), "registers"),
+        (GemmConfig(192, 192, 2, 3), "registers"),
+        (GemmConfig(128, 128, 1), "stages"),
+        (GemmConfig(512, 64, 2), "up to 256"),
+        (GemmConfig(128, 128, 3, split_k=2), "swapped"),
+        (GemmConfig(16, 128, 3, swap_operands=True, split_k=16), "cluster"),
+    ],
+    ids=str,
+)
+def test_invalid_configurations_say_why(config, reason):
+    assert reason in why_invalid(problem(4096, 4096, 7168), config)
+
+
+def test_other_kinds_and_empty_problems_are_refused():
+    described = problem(64, 64, 64)
+    config = GemmConfig(128, 128, 3)
+    assert "grouped" in why_invalid(dataclasses.replace(described, kind="grouped"), config)
+    assert "positive" in why_invalid(dataclasses.replace(described, m=0), config)
+    assert "share" in why_invalid(problem(4096, 4096, 4096, ROW), dataclasses.replace(config, share=2))
+
+
+@pytest.mark.parametrize("key", MEASURED, ids=str)
+def test_measured_rows_are_valid(key):
+    m, n, k, lhs_rows, rhs_rows = key
+    described = dataclasses.replace(problem(m, n, k, (rhs_rows, 128)), lhs_block_shape=(lhs_rows, 128))
+    assert why_invalid(described, MEASURED[key]) is None
+    assert choose_config(described, 132) == MEASURED[key]

@@ -1,0 +1,206 @@
+#!/usr/bin/env python3
+"""Compiles the Hopper kernels without a GPU and fails if a configuration spills registers or serialises wgmma.
+
+    python tools/spills.py              # every configuration of the table, and those chosen for typical problems
+    python tools/spills.py --keep DIR   # and keep PTX, the assembler's log and SASS in DIR
+
+Needs Python >= 3.12, jax >= 0.11, gcc, and triton (for its ptxas and nvdisasm). Each kernel is lowered for CUDA and
+compiled by the compiler inside jax's own CUDA plugin, which is loaded over a stub of the CUDA driver; the first run
+downloads the plugin of the same version (150 MB) into a cache folder. What is printed of each kernel: registers,
+spilled bytes, warnings, and the instructions of its main loop. This leans on private names of jax: expect to mend it
+after an upgrade.
+"""
+
+import argparse
+import collections
+import ctypes
+import functools
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+
+CHILD_VARIABLE = "JAXGEMM_SPILLS_CHILD"
+
+DRIVER_STUB = """
+int cuInit(unsigned flags) { return 0; }
+int cuCtxGetDevice(int *device) { *device = 0; return 0; }
+int cuDeviceGetAttribute(int *value, int attribute, int device) { *value = attribute == 75 ? 9 : 0; return 0; }
+int cuGetErrorString(int code, const char **text) { *text = "stub"; return 0; }
+int cuGetErrorName(int code, const char **text) { *text = "stub"; return 0; }
+int cuDriverGetVersion(int *version) { *version = 13000; return 0; }
+int cuCtxGetCurrent(void **context) { *context = 0; return 100; }
+int cuModuleLoadData(void **module, const void *image) { *module = 0; return 100; }
+"""
+"""What Mosaic asks of the driver: it sees a chip of capability 9.0, and no module can be loaded."""
+
+TYPICAL = [
+    (4096, 4096, 7168), (4096, 7168, 16384), (4096, 24576, 1536), (4096, 2112, 7168), (4096, 7168, 2048),
+    (4096, 32768, 512), (4096, 576, 7168), (8192, 8192, 8192), (4097, 4100, 7100), (300, 500, 700), (7, 7, 7),
+    (1, 4096, 7168), (16, 24576, 1536), (64, 7168, 16384), (128, 4096, 7168), (192, 4096, 7168),
+]  # fmt: skip
+
+
+def cases() -> dict[str, tuple]:
+    """Name, problem and configuration of every kernel to check; each distinct kernel once."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from jaxgemm.problem import GemmProblem
+    from jaxgemm.tuning import MEASURED, choose_config
+
+    row, square = (1, 128), (128, 128)
+    e4m3, bf16, f32 = (np.dtype(d) for d in (jnp.float8_e4m3fn, jnp.bfloat16, jnp.float32))
+    shapes = [(*dims, row, rhs) for dims in TYPICAL for rhs in (square, row)]
+    shapes += [(*key[:3], (key[3], 128), (key[4], 128)) for key in MEASURED]
+    found, seen = {}, set()
+    for m, n, k, lhs_block, rhs_block in shapes:
+        out = f32 if rhs_block == row else bf16
+        for bias, activation in ((False, None), (True, "gelu")):
+            problem = GemmProblem(
+                "dense", m, n, k, e4m3, e4m3, lhs_block, rhs_block, out, has_bias=bias, activation=activation
+            )
+            config = choose_config(problem, 132)
+            kernel = (config, lhs_block, rhs_block, bias)
+            if kernel not in seen:
+                seen.add(kernel)
+                found[f"{m}x{n}x{k} {'wgrad' if rhs_block == row else 'fprop'}{' bias' if bias else ''}"] = (
+                    problem,
+                    config,
+                )
+    return found
+
+
+def lower(problem, config) -> list[bytes]:
+    """Lowers one kernel for CUDA and returns its Mosaic modules."""
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental.mosaic.gpu import core
+
+    from jaxgemm.kernels.hopper_gemm import hopper_gemm
+    from jaxgemm.layout import align_up, cdiv
+
+    def operand(rows, block_shape, dtype):
+        k_tiles = cdiv(problem.k, 128)
+        scales = (k_tiles, align_up(rows, 4)) if block_shape[0] == 1 else (cdiv(rows, 128), k_tiles)
+        values = jax.ShapeDtypeStruct((align_up(rows, 8), k_tiles * 128), dtype)
+        return values, jax.ShapeDtypeStruct(scales, jnp.float32)
+
+    lhs = operand(problem.m, problem.lhs_block_shape, problem.lhs_dtype)
+    rhs = operand(problem.n, problem.rhs_block_shape, problem.rhs_dtype)
+    bias = jax.ShapeDtypeStruct((problem.n,), jnp.float32) if problem.has_bias else None
+    core.KNOWN_KERNELS.clear()
+    kernel = functools.partial(hopper_gemm, problem=problem, config=config, num_sms=132)
+    jax.jit(kernel).trace(*lhs, *rhs, bias).lower(lowering_platforms=("cuda",))
+    return list(core.KNOWN_KERNELS.values())
+
+
+def compile_dump(modules: list[bytes], folder: pathlib.Path) -> None:
+    """Compiles Mosaic modules; PTX, log and SASS are dumped to a folder before the stub refuses to load them."""
+    os.environ["MOSAIC_GPU_DUMP_TO"] = str(folder)
+    compile_kernel = ctypes.CDLL(os.environ["JAXGEMM_SPILLS_PLUGIN"]).MosaicGpuCompile
+    compile_kernel.argtypes, compile_kernel.restype = [ctypes.c_char_p, ctypes.c_int], ctypes.c_void_p
+    for module in modules:
+        compile_kernel(module, len(module))
+
+
+def loops(sass: str) -> Iterator[collections.Counter]:
+    """Counts the opcodes of each loop of a listing; a loop ends in a backward branch."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    pending = None
+    for line in sass.splitlines():
+        if label := re.match(r"\s*\.(L_x_\d+):", line):
+            pending = label.group(1)
+        if instruction := re.search(r"/\*[0-9a-f]{4,5}\*/\s+(.*?);?\s*(?:/\*|$)", line):
+            if pending:
+                labels[pending], pending = len(instructions), None
+            instructions.append(re.sub(r"^@!?\S+\s+", "", instruction.group(1)))
+    for end, text in enumerate(instructions):
+        branch = re.search(r"BRA.*?`\(\.(L_x_\d+)\)", text)
+        if branch and labels.get(branch.group(1), end + 1) <= end:
+            body = instructions[labels[branch.group(1)] : end + 1]
+            yield collections.Counter(i.split()[0].split(".")[0] for i in body)
+
+
+def report(name: str, folder: pathlib.Path) -> bool:
+    """Prints what the assembler said of one kernel; returns whether it neither spilled nor serialised."""
+    log = "\n".join(path.read_text() for path in sorted(folder.glob("*.ptxas")))
+    registers = re.search(r"Used (\d+) registers", log)
+    spilled = max((int(n) for n in re.findall(r"(\d+) bytes spill", log)), default=0)
+    main_loops = [mix for path in folder.glob("*sass*") for mix in loops(path.read_text()) if mix["QGMMA"]]
+    problems = [] if registers else ["not compiled"]
+    if not main_loops:
+        problems.append("no FP8 tensor core instruction in a loop")
+    if spilled:
+        problems.append(f"{spilled} bytes spilled")
+    if "C7514" in log:
+        problems.append("wgmma serialised (C7514)")
+    mix = min(main_loops, key=lambda mix: mix.total(), default=collections.Counter())
+    counts = ", ".join(f"{mix[op]} {op}" for op in ("QGMMA", "FFMA", "FMUL", "LDS"))
+    verdict = "FAILED: " + "; ".join(problems) if problems else "ok"
+    used = registers.group(1) if registers else "?"
+    print(f"{name:38} {used:>4} registers, loop of {mix.total()}: {counts}: {verdict}")
+    return not problems
+
+
+def child_environment() -> dict[str, str]:
+    """Fetches the plugin, builds the stub driver and a CUDA root; returns the environment to compile in."""
+    import jax
+    import triton
+
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache"))
+    root = cache / "jaxgemm-spills" / jax.__version__
+    plugin, stub, cuda = root / "plugin", root / "stub", root / "cuda"
+    if not (plugin / "jax_plugins").is_dir():
+        packages = [f"jax-cuda13-pjrt=={jax.__version__}", f"jax-cuda13-plugin=={jax.__version__}"]
+        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(plugin), *packages]
+        subprocess.run(command, check=True)
+    if not (stub / "libcuda.so.1").exists():
+        stub.mkdir(parents=True, exist_ok=True)
+        (stub / "driver.c").write_text(DRIVER_STUB)
+        command = ["gcc", "-shared", "-fPIC", "-o", str(stub / "libcuda.so.1"), str(stub / "driver.c")]
+        subprocess.run(command, check=True)
+    (cuda / "bin").mkdir(parents=True, exist_ok=True)
+    for tool in (pathlib.Path(triton.__file__).parent / "backends/nvidia/bin").iterdir():
+        if tool.is_file() and not (cuda / "bin" / tool.name).exists():
+            (cuda / "bin" / tool.name).symlink_to(tool)
+    return dict(
+        os.environ,
+        JAX_PLATFORMS="cpu",
+        LD_LIBRARY_PATH=str(stub),
+        MOSAIC_GPU_CUDA_ROOT=str(cuda),
+        CUDA_ROOT=str(cuda),
+        PATH=f"{cuda}/bin:{os.environ['PATH']}",
+        JAXGEMM_SPILLS_PLUGIN=str(next(plugin.glob("jax_plugins/xla_cuda13/xla_cuda_plugin.so"))),
+        MOSAIC_GPU_RUNTIME_LIB_PATH=str(next(plugin.glob("jax_cuda13_plugin/libmosaic_gpu_runtime.so"))),
+        MOSAIC_GPU_DUMP_PTX="1",
+        MOSAIC_GPU_DUMP_PTXAS="1",
+        MOSAIC_GPU_DUMP_SASS="1",
+        **{CHILD_VARIABLE: "1"},
+    )
+
+
+def main() -> int:
+    """Runs the check; returns the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--keep", type=pathlib.Path, help="folder for PTX, the assembler's log and SASS")
+    arguments = parser.parse_args()
+    if CHILD_VARIABLE not in os.environ:
+        return subprocess.run([sys.executable, *sys.argv], env=child_environment()).returncode
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+    sound = True
+    with tempfile.TemporaryDirectory() as temporary:
+        for index, (name, (problem, config)) in enumerate(cases().items()):
+            folder = (arguments.keep or pathlib.Path(temporary)) / f"{index:02d}"
+            folder.mkdir(parents=True, exist_ok=True)
+            compile_dump(lower(problem, config), folder)
+            sound &= report(name, folder)
+    return 0 if sound else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
