@@ -125,7 +125,8 @@ def test_small_products_are_cold_and_large_ones_warm():
     assert setup.weight_copies(100_000_000, is_small=True) * 100_000_000 > 2e8
     assert setup.weight_copies(100_000_000, is_small=False) == 1
     assert Setup(HostTimer(), temperature="cold").weight_copies(10**9, is_small=False) == 2
-    assert Setup(HostTimer(), temperature="warm").weight_copies(1, is_small=True) == 1
+    assert Setup(HostTimer(), temperature="warm").weight_copies(10**7, is_small=True) == 1
+    assert setup.weight_copies(100, is_small=True) == 1  # millions of them would be needed
 
 
 def test_groups_have_the_sizes_they_say():

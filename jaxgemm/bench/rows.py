@@ -13,6 +13,8 @@ from jaxgemm.bench.measure import Call, Timer, Timing, measure_together, one_lin
 OWN = "jaxgemm"
 """Column of this library; columns whose names start so are this library's too."""
 
+MOST_WEIGHTS = 256
+
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
@@ -39,9 +41,13 @@ class Setup:
     bias: bool = False
 
     def weight_copies(self, weight_bytes: int, is_small: bool) -> int:
-        """Returns how many weights to rotate through: 1 if warm, else as many as exceed `cold_bytes`, one over."""
+        """Returns how many weights to rotate through: 1 if warm, else as many as exceed `cold_bytes`, one over.
+
+        Weights so small that it would take more than `MOST_WEIGHTS` of them are measured warm.
+        """
         cold = is_small if self.temperature == "auto" else self.temperature == "cold"
-        return 1 + math.ceil(self.cold_bytes / weight_bytes) if cold else 1
+        copies = 1 + math.ceil(self.cold_bytes / weight_bytes)
+        return copies if cold and copies <= MOST_WEIGHTS else 1
 
 
 @dataclasses.dataclass
