@@ -44,8 +44,9 @@ def main(arguments: Sequence[str] | None = None, timer: Timer | None = None, cop
     try:
         if options.command == "readme":
             return update_readme(options)
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs some of the GPU's memory too
+        torch_peers.enabled = not options.no_torch
         if timer is None:
+            set_environment()
             reason = why_no_gpu()
             if reason:
                 print(f"jaxgemm.bench measures kernels on an NVIDIA GPU: {reason}", file=sys.stderr)
@@ -54,6 +55,15 @@ def main(arguments: Sequence[str] | None = None, timer: Timer | None = None, cop
     except ValueError as error:
         print(f"jaxgemm.bench: {error}", file=sys.stderr)
         return REFUSED
+
+
+def set_environment() -> None:
+    """Sets what JAX reads when it first takes a device."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs some of the GPU's memory too
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_gpu_enable_command_buffer" not in flags:
+        # Kernels of a CUDA graph may overlap and come in any order, and their durations no longer add up.
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_command_buffer=".strip()
 
 
 def why_no_gpu() -> str | None:
@@ -183,6 +193,7 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument("--iterations", type=_positive, default=20, help="calls a round (default 20)")
         command.add_argument("--rounds", type=_positive, default=2, help="turns of each column (default 2)")
         command.add_argument("--cold-megabytes", type=float, default=200, help="weights to rotate through (200)")
+        command.add_argument("--no-torch", action="store_true", help="leave PyTorch out, where it disturbs")
         command.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write a report, case by case")
         command.add_argument("--plot", type=pathlib.Path, metavar="FILE", help="write a roofline plot")
         command.add_argument("--compare", type=pathlib.Path, metavar="OLD", help="fail if over 5 %% slower than this")

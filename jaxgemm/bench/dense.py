@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 import jaxgemm
-from jaxgemm.bench import accuracy
-from jaxgemm.bench.measure import Call
+from jaxgemm.bench import accuracy, block
+from jaxgemm.bench.measure import Call, temporary_mib
 from jaxgemm.bench.rows import OWN, Row, Setup, normal, stored_bytes
 
 PEERS = ("xla-bf16",)
@@ -44,13 +44,16 @@ class DenseCase:
         return 2.0 * self.m * sum(k * n for k, n in itertools.pairwise(self.widths))
 
 
-def dense_cases(rows: int = 8192) -> list[DenseCase]:
-    """Returns an MLP's first layer, a pair down and up again, and a small square layer."""
-    return [DenseCase(rows, widths) for widths in ((4096, 14336), (7168, 2048, 7168), (2048, 2048))]
+def dense_cases(rows: int = 8192) -> list[DenseCase | block.BlockCase]:
+    """Returns an MLP's first layer, a pair down and up again, a small square layer, and a transformer block."""
+    layers = [DenseCase(rows, widths) for widths in ((4096, 14336), (7168, 2048, 7168), (2048, 2048))]
+    return [*layers, block.BlockCase()]
 
 
-def run_case(case: DenseCase, setup: Setup) -> list[Row]:
-    """Measures a training step and a forward pass with weights already quantised."""
+def run_case(case: DenseCase | block.BlockCase, setup: Setup) -> list[Row]:
+    """Measures a training step, and of plain layers a forward pass with weights already quantised."""
+    if isinstance(case, block.BlockCase):
+        return block.run_case(case, setup)
     keys = itertools.count()
     x = normal(next(keys), case.m, case.widths[0])
     layers = tuple(
@@ -96,11 +99,6 @@ def _measured_row(
     row.checks["temp MiB"] = temporary_mib(calls[OWN])
     row.checks["xla-bf16 temp MiB"] = temporary_mib(reference)
     return row
-
-
-def temporary_mib(call: Call) -> float:
-    """Returns the MiB that a compiled call needs beside its arguments and results, at its peak."""
-    return round(call.function.memory_analysis().temp_size_in_bytes / 2**20, 1)  # type: ignore[attr-defined]
 
 
 def _fp8_dot(setup: Setup) -> Callable[..., jax.Array]:

@@ -27,7 +27,7 @@ def run_case(case: GemmCase, setup: Setup) -> list[Row]:
     calls = {OWN: product_call(operands, None, setup)}
     if bias is not None:
         calls[WITH_BIAS] = product_call(operands, bias, setup)
-    peers, missing = prepare_peers(setup.peers, operands)
+    peers, missing = prepare_peers(setup.peers, operands, setup.timer)
     row = Row(
         case.name,
         dict(group=case.group, kind=case.kind, m=case.m, n=case.n, k=case.k, cold=cold, weights=len(operands.rhs)),

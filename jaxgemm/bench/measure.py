@@ -112,10 +112,14 @@ class CuptiTimer:
         """
         from jax.experimental.mosaic.gpu import profiler
 
-        _, calls = profiler.measure(call, aggregate=False, iterations=iterations)()
-        if not calls:
+        calls: Any
+        try:
+            _, calls = profiler.measure(call, aggregate=False, iterations=iterations)()
+            calls = [calls] if calls and iterations == 1 else calls
+        except RuntimeError:  # kernels on several streams came in another order: ask for one call at a time
+            calls = [profiler.measure(call, aggregate=False)()[1] for _ in range(iterations)]
+        if not calls or not all(calls):
             raise RuntimeError("no GPU kernel ran")
-        calls = calls if iterations > 1 else [calls]
         by_name: dict[str, list[float]] = {}
         for kernels in calls:
             totals: dict[str, float] = {}
@@ -167,6 +171,16 @@ def measure_together(
                 continue
             timings[name] = timings[name].joined(timing) if name in timings else timing
     return timings, failures
+
+
+def fastest(timer: Timer, calls: Sequence[Call]) -> Call:
+    """Returns the one of several equivalent calls that takes the least time."""
+    return calls[0] if len(calls) == 1 else min(calls, key=lambda call: timer(call, 5).median_us)
+
+
+def temporary_mib(call: Call) -> float:
+    """Returns the MiB that a compiled call needs beside its arguments and results, at its peak."""
+    return round(call.function.memory_analysis().temp_size_in_bytes / 2**20, 1)  # type: ignore[attr-defined]
 
 
 def fitting_iterations(call: Call, iterations: int) -> int:

@@ -6,10 +6,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxgemm import ScaledArray, layout
-from jaxgemm.bench.measure import Call, Unavailable
+from jaxgemm.bench.measure import Call, Timer, Unavailable
 
 if TYPE_CHECKING:
     from jaxgemm.bench.peers import GemmOperands
+
+enabled = True
+"""Whether PyTorch may be imported at all: `--no-torch` turns it off."""
 
 
 class TorchResult:
@@ -29,8 +32,9 @@ class TorchResult:
         return self.tensor.float().cpu().numpy()
 
 
-def tensorwise(operands: "GemmOperands") -> Call:
+def tensorwise(operands: "GemmOperands", timer: Timer) -> Call:
     """`torch._scaled_mm` with one scale a tensor, fast accumulation."""
+    del timer
     torch = _torch()
     lhs, lhs_scale = (to_torch(x) for x in operands.tensorwise_lhs)
     out_dtype = _torch_dtype(operands.out_dtype)
@@ -43,8 +47,9 @@ def tensorwise(operands: "GemmOperands") -> Call:
     return _checked(Call(product, *([to_torch(x) for x in rhs] for rhs in operands.tensorwise_rhs)))
 
 
-def blockwise(operands: "GemmOperands") -> Call:
+def blockwise(operands: "GemmOperands", timer: Timer) -> Call:
     """`torch._scaled_mm` with scales of 1x128 by 128x128 (or 1x128 by 1x128), from the stored operands as they are."""
+    del timer
     torch = _torch()
     lhs, lhs_scale = _stored_operand(operands.scaled_lhs)
     out_dtype = _torch_dtype(operands.out_dtype)
@@ -119,6 +124,8 @@ def _torch_dtype(dtype: Any) -> Any:
 
 
 def _torch() -> Any:
+    if not enabled:
+        raise Unavailable("PyTorch was left out")
     try:
         import torch
     except ImportError:
