@@ -8,7 +8,6 @@ import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import jaxgemm
@@ -119,6 +118,10 @@ def test_suites_hold_the_shapes_they_name():
     assert "large 4096x7168x16384" in names and "small 7x576x7168" in names and "dgrad 4096x512x32768" in names
     assert {case.kind for case in cases if case.group == "wgrad"} == {"wgrad"}
     assert [case.is_small for case in cases] == [case.group == "small" for case in cases]
+    ratios = {case.name: suites.deepgemm_ratio(case) for case in cases}
+    assert ratios["large 4096x4096x7168"] == pytest.approx(178.7 / 170.5, abs=1e-3)
+    assert ratios["wgrad 4096x4096x7168"] == pytest.approx(202.2 / 258.2, abs=1e-3)
+    assert sum(ratio is not None for ratio in ratios.values()) == 8 + 5 + 4 + 21
     assert suites.gemm_cases("llama") and suites.gemm_cases("deepseek-v3")
 
 
@@ -143,9 +146,17 @@ def test_small_products_are_cold_and_large_ones_warm():
 
 
 def test_groups_have_the_sizes_they_say():
-    for case in grouped.grouped_cases():
-        assert case.sizes.shape == (case.groups,) and np.array_equal(case.sizes, case.sizes)
-        assert case.sizes.min() >= int(0.7 * case.rows) and case.sizes.max() <= 1.3 * case.rows
+    known = suites.deepgemm_figures()["rates"]
+    cases = grouped.grouped_cases()
+    assert set(known) == {case.name for case in cases if case.spread == "random"}
+    for case in cases:
+        assert case.sizes.shape == (case.groups,)
+        if case.spread == "random":
+            assert case.sizes.min() >= int(0.7 * case.rows) and case.sizes.max() <= 1.3 * case.rows
+        else:
+            assert case.sizes.sum() == case.groups * case.rows
+    zipf = next(case for case in cases if case.spread == "zipf").sizes
+    assert zipf[0] == pytest.approx(8 * zipf[7], rel=0.01)
 
 
 # Measuring

@@ -11,7 +11,7 @@ from jaxgemm.bench import accuracy
 from jaxgemm.bench.measure import Call
 from jaxgemm.bench.peers import GEMM_PEERS, GemmOperands, prepare_peers
 from jaxgemm.bench.rows import OWN, Row, Setup, normal, stored_bytes
-from jaxgemm.bench.suites import GemmCase
+from jaxgemm.bench.suites import GemmCase, deepgemm_ratio
 from jaxgemm.bench.torch_peers import TorchResult
 
 PEERS = tuple(GEMM_PEERS)
@@ -44,6 +44,9 @@ def run_case(case: GemmCase, setup: Setup) -> list[Row]:
     if "torch-blockwise" in row.times:  # shows that both read the same operands in the same layout
         result: TorchResult = peers["torch-blockwise"].first()
         row.checks["torch-blockwise difference"] = accuracy.dense_difference(result.numpy(), *scaled)
+    beside = deepgemm_ratio(case)
+    if beside is not None:
+        row.checks["DeepGEMM x tensorwise (H100)"] = beside
     return [row]
 
 

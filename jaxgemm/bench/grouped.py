@@ -11,6 +11,7 @@ import jaxgemm
 from jaxgemm.bench import accuracy
 from jaxgemm.bench.measure import Call
 from jaxgemm.bench.rows import OWN, Row, Setup, normal, stored_bytes
+from jaxgemm.bench.suites import deepgemm_figures
 
 PEERS = ("xla-bf16",)
 MOE_NK = ((6144, 7168), (7168, 3072), (4096, 4096), (4096, 2048))
@@ -26,7 +27,7 @@ K_GROUPED = (  # groups, m, n, the usual columns of a group
 
 @dataclasses.dataclass(frozen=True)
 class GroupedCase:
-    """Groups of about `rows` rows each, between 0.7 and 1.3 times as many.
+    """Groups of about `rows` rows each.
 
     Attributes:
         kind: "masked", "contiguous" or "k-grouped".
@@ -35,6 +36,8 @@ class GroupedCase:
         m: rows of the result, for "k-grouped" alone: else they are the groups' rows.
         n: columns of the result.
         k: the contracted axis; 0 for "k-grouped", where it is the groups' columns.
+        spread: how group sizes differ: "random" from 0.7 to 1.3 times `rows`, "even", or "zipf", where the i-th
+            group is 1/i of the first; the last two have the same total.
     """
 
     kind: str
@@ -43,17 +46,26 @@ class GroupedCase:
     n: int
     k: int = 0
     m: int = 0
+    spread: str = "random"
 
     @property
     def name(self) -> str:
         """What tables and files call the case."""
         if self.kind == "k-grouped":
             return f"{self.kind} {self.groups}x{self.m}x{self.n}, k about {self.rows}"
-        return f"{self.kind} {self.groups}x{self.rows} {self.n}x{self.k}"
+        spread = "" if self.spread == "random" else f", {self.spread}"
+        return f"{self.kind} {self.groups}x{self.rows} {self.n}x{self.k}{spread}"
 
     @property
     def sizes(self) -> np.ndarray:
         """Sizes of the groups, the same in every run."""
+        if self.spread == "even":
+            return np.full(self.groups, self.rows, np.int32)
+        if self.spread == "zipf":
+            shares = 1 / np.arange(1, self.groups + 1)
+            sizes = (self.groups * self.rows * shares / shares.sum()).astype(np.int32)
+            sizes[0] += self.groups * self.rows - sizes.sum()
+            return sizes
         low, high = int(0.7 * self.rows), int(1.3 * self.rows)
         return np.random.default_rng(self.rows).integers(low, high + 1, self.groups).astype(np.int32)
 
@@ -65,6 +77,7 @@ def grouped_cases() -> list[GroupedCase]:
     return [
         *(GroupedCase("masked", *groups, *nk) for groups in masked for nk in MOE_NK),
         *(GroupedCase("contiguous", *groups, *nk) for groups in contiguous for nk in MOE_NK),
+        *(GroupedCase("contiguous", 8, 4096, 4096, 4096, spread=spread) for spread in ("even", "zipf")),
         *(GroupedCase("k-grouped", groups, rows, n, m=m) for groups, m, n, rows in K_GROUPED),
     ]
 
@@ -81,6 +94,9 @@ def run_case(case: GroupedCase, setup: Setup) -> list[Row]:
         calls = {OWN: own}
     row = Row(case.name, problem, flops, moved).measured(setup, calls)
     row.checks["difference"] = _difference(case, own)
+    beside = deepgemm_figures()["rates"].get(case.name)
+    if beside is not None:
+        row.checks["DeepGEMM TFLOP/s (H100)"] = beside
     return [row]
 
 

@@ -30,7 +30,7 @@ def plot(report: Report, path: pathlib.Path) -> None:
     names = dict.fromkeys(name for row in report["rows"] for name in row["times"])
     for name in names:
         rows = [row for row in report["rows"] if name in row["times"]]
-        x = [row["bytes"] / (1 if by_bytes else max(row["bytes"], 1) ** 2 / max(row["flops"], 1)) for row in rows]
+        x = [row["bytes"] if by_bytes else row["flops"] / row["bytes"] for row in rows]
         y = [row["times"][name]["gbps" if by_bytes else "tflops"] for row in rows]
         axes.scatter(x, y, label=name, s=22, marker="o" if name.startswith(OWN) else "x", zorder=3)
     _draw_limits(axes, report, by_bytes)
@@ -55,8 +55,11 @@ def _draw_limits(axes, report: Report, by_bytes: bool) -> None:
             axes.axhline(copy, color="gray", linestyle="--", label="copy, measured")
         return
     rates = [time["tflops"] for row in report["rows"] for time in row["times"].values()]
-    low, high = axes.get_xlim()
-    intensities = [low * (high / low) ** (i / 99) for i in range(100)] if low > 0 else [high]
+    reached = [row["flops"] / row["bytes"] for row in report["rows"] if row["times"]]
+    if not reached:
+        return
+    low, high = 0.7 * min(reached), 1.4 * max(reached)
+    intensities = [low * (high / low) ** (i / 199) for i in range(200)]
     ceiling = max(rates, default=0.0)
     if copy and ceiling:
         limit = [min(copy * 1e-3 * intensity, ceiling) for intensity in intensities]

@@ -1,10 +1,13 @@
 """The shapes that are measured: those of DeepGEMM's tests, of Llama and DeepSeek-V3, of a file, or one by hand."""
 
 import dataclasses
+import functools
+import importlib.resources
 import itertools
 import json
 import pathlib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 SMALL_M = 128
 """Up to so many rows a product reads weights and does little else: it is measured cold."""
@@ -103,6 +106,21 @@ def gemm_cases(suite: str) -> list[GemmCase]:
         case "deepseek-v3":
             return [*_products("large", (4096,), DEEPSEEK_V3_NK), *_products("small", (1, 16, 128), DEEPSEEK_V3_NK)]
     return _cases_of_file(pathlib.Path(suite))
+
+
+def deepgemm_ratio(case: GemmCase) -> float | None:
+    """Returns how many times as fast as cuBLASLt's FP8 product with one scale a tensor DeepGEMM is on an H100.
+
+    That product is the yardstick by which figures of different machines and methods can be compared.
+    """
+    return deepgemm_figures()["ratios"].get(f"{case.kind} {case.m}x{case.n}x{case.k}")
+
+
+@functools.cache
+def deepgemm_figures() -> dict[str, Any]:
+    """Returns what was measured of DeepGEMM: `ratios` of dense products, and `rates` in TFLOP/s of grouped ones."""
+    source = importlib.resources.files("jaxgemm.bench") / "deepgemm_h100.json"
+    return json.loads(source.read_text())
 
 
 def cases_of_sizes(m: Sequence[int], n: Sequence[int], k: Sequence[int], kind: str = "dense") -> list[GemmCase]:
