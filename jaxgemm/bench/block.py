@@ -1,0 +1,116 @@
+"""A transformer block forward and backward: what FP8 layers are worth beside attention that stays in bfloat16."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+import jaxgemm
+from jaxgemm.bench import accuracy
+from jaxgemm.bench.measure import Call, temporary_mib
+from jaxgemm.bench.rows import OWN, Row, Setup, normal, stored_bytes
+
+Dot = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockCase:
+    """Attention and a SwiGLU MLP with their norms, by default of the size of Llama 3 8B, 8192 tokens.
+
+    Attributes:
+        batch: sequences.
+        length: tokens of a sequence.
+        width: of the residual stream.
+        hidden: of the MLP.
+        heads: of attention.
+        kv_heads: of keys and values.
+        attention: implementation that `jax.nn.dot_product_attention` takes.
+    """
+
+    batch: int = 4
+    length: int = 2048
+    width: int = 4096
+    hidden: int = 14336
+    heads: int = 32
+    kv_heads: int = 8
+    attention: Literal["cudnn", "xla"] = "cudnn"
+
+    @property
+    def name(self) -> str:
+        """What tables and files call the case."""
+        return f"block: {self.batch}x{self.length} tokens, width {self.width}, hidden {self.hidden}"
+
+    @property
+    def head_width(self) -> int:
+        """Of one head."""
+        return self.width // self.heads
+
+    @property
+    def weight_shapes(self) -> dict[str, tuple[int, int]]:
+        """Of the linear layers, `[k, n]`."""
+        return {
+            "qkv": (self.width, (self.heads + 2 * self.kv_heads) * self.head_width),
+            "out": (self.width, self.width),
+            "gate_up": (self.width, 2 * self.hidden),
+            "down": (self.hidden, self.width),
+        }
+
+    @property
+    def flops(self) -> float:
+        """Of the linear layers, forward and backward; attention's are left out of the rate, not of the time."""
+        return 6.0 * self.batch * self.length * sum(k * n for k, n in self.weight_shapes.values())
+
+
+def run_case(case: BlockCase, setup: Setup) -> list[Row]:
+    """Measures forward and backward (gradients of input and weights), weights quantised in each step."""
+    x = normal(0, case.batch, case.length, case.width)
+    weights = {
+        name: normal(i + 1, *shape) * jnp.bfloat16(shape[0] ** -0.5)
+        for i, (name, shape) in enumerate(case.weight_shapes.items())
+    }
+    arguments = [x, weights, normal(9, *x.shape)]
+
+    def fp8_dot(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jaxgemm.fp8_dot(x, w, implementation=setup.implementation)
+
+    with jax.numpy_dtype_promotion("standard"):  # JAX's own attention does not pass under "strict"
+        own = Call.jitted(_training_step(case, fp8_dot), arguments)
+        reference = Call.jitted(_training_step(case, jnp.matmul), arguments)
+    calls = {OWN: own, **({"xla-bf16": reference} if "xla-bf16" in setup.peers else {})}
+    result, expected = own.first(), reference.first()
+    row = Row(case.name, dict(group="block", cold=False, **dataclasses.asdict(case)), case.flops, 0.0)
+    row.bytes = float(stored_bytes(arguments, result))
+    row.measured(setup, calls)
+    pairs = zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True)
+    row.checks["largest difference from bf16"] = max(accuracy.difference(a, b) for a, b in pairs)
+    row.checks["temp MiB"] = temporary_mib(own)
+    row.checks["xla-bf16 temp MiB"] = temporary_mib(reference)
+    return [row]
+
+
+def _training_step(case: BlockCase, dot: Dot) -> Callable[..., Any]:
+    def training_step(x: jax.Array, weights: dict[str, jax.Array], dout: jax.Array) -> Any:
+        out, pull_back = jax.vjp(lambda x, weights: _block(case, dot, x, weights), x, weights)
+        return out, pull_back(dout)
+
+    return training_step
+
+
+def _block(case: BlockCase, dot: Dot, x: jax.Array, weights: dict[str, jax.Array]) -> jax.Array:
+    x = x + dot(_attention(case, dot(_norm(x), weights["qkv"])), weights["out"])
+    gate, up = jnp.split(dot(_norm(x), weights["gate_up"]), 2, -1)
+    return x + dot(jax.nn.silu(gate) * up, weights["down"])
+
+
+def _attention(case: BlockCase, qkv: jax.Array) -> jax.Array:
+    heads = qkv.reshape(*qkv.shape[:-1], case.heads + 2 * case.kv_heads, case.head_width)
+    q, k, v = jnp.split(heads, (case.heads, case.heads + case.kv_heads), -2)
+    out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=case.attention)
+    return out.reshape(*qkv.shape[:-1], case.width)
+
+
+def _norm(x: jax.Array) -> jax.Array:
+    high = x.astype(jnp.float32)
+    return (high * jax.lax.rsqrt((high * high).mean(-1, keepdims=True) + 1e-6)).astype(x.dtype)
