@@ -1,112 +1,17 @@
-"""The benchmark's machinery on a CPU: everything but CUPTI, with a timer by the host's clock in its place."""
+"""The parts of the benchmark: suites, measuring, accuracy, peers, reports."""
 
 import json
-import pathlib
-import subprocess
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
 import pytest
+from bench_support import HostTimer, sample_report
 
 import jaxgemm
-from jaxgemm.bench import (
-    accuracy,
-    block,
-    dense,
-    grouped,
-    peers,
-    quantize,
-    readme,
-    report,
-    roofline,
-    suites,
-    torch_peers,
-)
-from jaxgemm.bench.__main__ import main
+from jaxgemm.bench import accuracy, grouped, peers, quantize, report, roofline, suites, torch_peers
 from jaxgemm.bench.measure import Call, Timing, Unavailable, fitting_iterations, measure_together
-from jaxgemm.bench.rows import Row, Setup
-
-ROOT = pathlib.Path(__file__).parent.parent
-
-
-class HostTimer:
-    """Times whole calls by the host's clock: for tests, where there is no GPU."""
-
-    method = "host clock"
-
-    def __init__(self):
-        self.calls = 0
-
-    def __call__(self, call, iterations):
-        samples = []
-        for _ in range(iterations):
-            start = time.perf_counter()
-            jax.block_until_ready(call())
-            samples.append(1e6 * (time.perf_counter() - start))
-            self.calls += 1
-        return Timing(tuple(samples), sum(samples) / iterations, {"everything": sum(samples) / iterations})
-
-
-def bench(*arguments):
-    """Runs the command line with the host's clock; small iterations, small copy."""
-    quick = () if arguments[0] == "readme" else ("--iterations", "2", "--rounds", "1")
-    return main([*arguments, *quick], timer=HostTimer(), copy_bytes=1 << 12)
-
-
-@pytest.fixture
-def tiny_cases(monkeypatch):
-    monkeypatch.setattr(quantize, "ACTIVATIONS", ((10, 300),))
-    monkeypatch.setattr(quantize, "WEIGHTS", ((200, 130),))
-    tiny_block = block.BlockCase(2, 8, 32, 24, heads=4, kv_heads=2, attention="xla")
-    monkeypatch.setattr(dense, "dense_cases", lambda: [dense.DenseCase(16, (40, 24, 40)), tiny_block])
-    cases = [
-        grouped.GroupedCase("masked", 2, 9, 20, 140),
-        grouped.GroupedCase("contiguous", 3, 12, 20, 140),
-        grouped.GroupedCase("k-grouped", 2, 100, 20, m=12),
-    ]
-    monkeypatch.setattr(grouped, "grouped_cases", lambda: cases)
-
-
-def sample_report(case="large 1x1x1", us=100.0, peer_us=150.0, **changes):
-    """A report as a file would hold it."""
-    row = Row(case, dict(group=case.split()[0], m=1, n=1, k=1, cold=changes.pop("cold", False)), 2e9, 1e6)
-    row.times = {"jaxgemm": Timing((us,), us), "xla-bf16": Timing((peer_us,), peer_us)}
-    row.checks["difference"] = 1.5e-6
-    setup = Setup(HostTimer())
-    made = report.new_report("gemm", "--suite x", "host clock", {"copy_gbps": 1000.0}, setup)
-    return {**made, "rows": [row.to_json()], **changes}
-
-
-# Refusal
-
-
-def test_without_a_gpu_it_says_so_in_one_line():
-    code = [sys.executable, "-m", "jaxgemm.bench", "quantize"]
-    result = subprocess.run(code, capture_output=True, text=True, cwd=ROOT, env={"JAX_PLATFORMS": "cpu", "PATH": ""})
-    if jax.default_backend() != "gpu":
-        assert result.returncode == 2
-        assert result.stderr.strip().count("\n") == 0
-        assert "NVIDIA GPU" in result.stderr
-        assert not result.stdout
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["gemm", "--m", "1"], "--m, --n and --k go together"),
-        (["gemm", "--suite", "nowhere.json"], "must be deepgemm, llama, deepseek-v3 or a JSON file"),
-        (["gemm", "--only", "nothing like it"], "no case matches"),
-        (["gemm", "--vs", "xla-bf16,other"], "got other"),
-        (["gemm", "--m", "1", "--n", "1", "--k", "1", "--compare", "nowhere.json"], "holds no report"),
-        (["readme", "--file", str(ROOT / "README.md"), "--results", "nowhere"], None),
-    ],
-)
-def test_wrong_arguments_are_refused(arguments, message, capsys):
-    assert bench(*arguments) == (2 if message else 0)
-    assert message is None or message in capsys.readouterr().err
-
+from jaxgemm.bench.rows import Setup
 
 # Suites
 
@@ -281,78 +186,6 @@ def test_torch_is_optional(monkeypatch):
         torch_peers.blockwise(None, HostTimer())
 
 
-# The whole way
-
-
-@pytest.mark.parametrize("kind", ["dense", "wgrad"])
-def test_gemm(kind, tmp_path, capsys):
-    path = tmp_path / "out" / "gemm.json"
-    sizes = ["--m", "5,130", "--n", "24", "--k", "300", "--kind", kind]
-    code = bench("gemm", *sizes, "--bias", "--vs", "xla-bf16,xla-fp8", "--cold-megabytes", "0.01", "--json", str(path))
-    assert code == 0
-    made = report.read(path)
-    assert made["environment"]["jax"] == jax.__version__ and made["environment"]["commit"]
-    assert made["limits"]["copy_gbps"] > 0 and made["method"]["timer"] == "host clock"
-    assert [(row["m"], row["cold"]) for row in made["rows"]] == [(5, kind == "dense"), (130, False)]
-    for row in made["rows"]:
-        assert set(row["times"]) == {"jaxgemm", "jaxgemm+bias", "xla-bf16"} and "xla-fp8" in row["missing"]
-        assert row["checks"]["difference"] < 1e-5 and row["checks"]["difference with bias"] < 1e-5
-        assert row["flops"] == 2 * row["m"] * 24 * 300
-        assert row["times"]["jaxgemm"]["kernels"] and row["times"]["jaxgemm"]["samples"] == 2
-    out = capsys.readouterr().out
-    assert "130x24x300" in out and "x xla-bf16" in out and "xla-fp8: XLA's program holds no" in out
-
-
-def test_quantize(tiny_cases, tmp_path):
-    assert bench("quantize", "--json", str(tmp_path / "a.json")) == 0
-    rows = report.read(tmp_path / "a.json")["rows"]
-    assert len(rows) == len(quantize.OPERATIONS) and all(row["checks"]["identical"] is True for row in rows)
-    natural, both = rows[0], rows[1]
-    assert natural["bytes"] == 10 * 300 * 2 + 16 * 384 + 3 * 12 * 4
-    assert both["bytes"] == natural["bytes"] + 304 * 128 + 1 * 300 * 4
-
-
-def test_dense(tiny_cases, tmp_path):
-    assert bench("dense", "--json", str(tmp_path / "a.json")) == 0
-    train, forward, whole = report.read(tmp_path / "a.json")["rows"]
-    assert set(whole["times"]) == {"jaxgemm", "xla-bf16"}
-    assert whole["flops"] == 6 * 2 * 8 * (32 * 64 + 32 * 32 + 32 * 48 + 24 * 32)
-    assert train["flops"] == 3 * forward["flops"] == 3 * 2 * 16 * 2 * 40 * 24
-    for row in (train, forward, whole):
-        assert 1e-6 < row["checks"]["largest difference from bf16"] < 1e-2
-        assert row["checks"]["temp MiB"] >= 0
-    for row in (train, forward):
-        assert set(row["times"]) == {"jaxgemm", "jaxgemm, products alone", "xla-bf16"}
-
-
-def test_grouped(tiny_cases, tmp_path):
-    assert bench("grouped", "--json", str(tmp_path / "a.json")) == 0
-    rows = report.read(tmp_path / "a.json")["rows"]
-    assert [row["group"] for row in rows] == ["masked", "contiguous", "k-grouped"]
-    for row, case in zip(rows, grouped.grouped_cases(), strict=True):
-        assert row["checks"]["difference"] < 1e-5 and set(row["times"]) == {"jaxgemm", "xla-bf16"}
-        assert row["flops"] == 2 * int(case.sizes.sum()) * 20 * (12 if case.kind == "k-grouped" else 140)
-
-
-def test_the_oracle_of_groups_sees_a_wrong_group(tiny_cases):
-    for case in grouped.grouped_cases():
-        prepare = {"masked": grouped._masked, "contiguous": grouped._contiguous, "k-grouped": grouped._k_grouped}
-        calls, _, _ = prepare[case.kind](case, Setup(HostTimer()))
-        call = calls["jaxgemm"]
-        right = call.function
-        wrong = Call(lambda *a, f=right: f(*a) * 1.02, *call.argument_sets)
-        assert grouped._difference(case, call) < 1e-5 < grouped._difference(case, wrong)
-
-
-def test_a_case_that_fails_is_a_row_and_fails_the_run(tmp_path):
-    path = tmp_path / "a.json"
-    code = bench("gemm", "--m", "8", "--n", "8", "--k", "8", "--implementation", "mosaic", "--json", str(path))
-    if jax.default_backend() != "gpu":
-        assert code == 1
-        (row,) = report.read(path)["rows"]
-        assert row["missing"]["jaxgemm"].startswith("NotImplementedError") and not row["times"]
-
-
 # Reports
 
 
@@ -367,17 +200,6 @@ def test_compare_fails_on_more_than_five_percent(tmp_path):
         report.regressions(old, sample_report(command="dense"))
     with pytest.raises(ValueError, match="no case in common"):
         report.regressions(old, sample_report(cold=True))
-
-
-@pytest.mark.parametrize("factor, code", [(1e9, 0), (1e-9, 1)])
-def test_compare_on_the_command_line(factor, code, tmp_path, capsys):
-    path, shape = tmp_path / "old.json", ["--m", "8", "--n", "8", "--k", "8", "--vs", "", "--cold-megabytes", "0"]
-    assert bench("gemm", *shape, "--json", str(path)) == 0
-    old = report.read(path)
-    old["rows"][0]["times"]["jaxgemm"]["us"] *= factor
-    report.write(old, path)
-    assert bench("gemm", *shape, "--compare", str(path)) == code
-    assert ("slower than before" in capsys.readouterr().out) == bool(code)
 
 
 def test_table_shows_ratios_and_what_is_missing():
@@ -405,32 +227,3 @@ def test_roofline_is_drawn(tmp_path):
     for command in ("gemm", "quantize"):
         roofline.plot(sample_report(command=command), tmp_path / f"{command}.png")
         assert (tmp_path / f"{command}.png").stat().st_size > 1000
-
-
-# README
-
-
-def test_readme_tables_are_rendered_and_checked(tmp_path, capsys):
-    file, results = tmp_path / "README.md", tmp_path / "results"
-    report.write(sample_report(), results / "gemm-h100.json")
-    file.write_text("before\n<!-- table: gemm-h100 -->\nold\n<!-- end -->\nafter\n")
-    options = ["readme", "--file", str(file), "--results", str(results)]
-    assert bench(*options, "--check") == 1 and "out of date" in capsys.readouterr().err
-    assert "old" in file.read_text()
-    assert bench(*options) == 0 and bench(*options, "--check") == 0
-    text = file.read_text()
-    assert text.startswith("before\n<!-- table: gemm-h100 -->\n") and text.endswith("<!-- end -->\nafter\n")
-    assert "| large 1x1x1 | 100.0 |" in text and "old" not in text
-    report.write(sample_report(us=120.0), results / "gemm-h100.json")
-    assert bench(*options, "--check") == 1
-
-
-def test_readme_with_wrong_markers_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="end"):
-        readme.render("<!-- table: x -->\nno end", tmp_path)
-    with pytest.raises(ValueError, match="no report"):
-        readme.render("<!-- table: x -->\n<!-- end -->", tmp_path)
-
-
-def test_readme_of_this_project_is_up_to_date():
-    assert readme.update(ROOT / "README.md", ROOT / "benchmarks" / "results", check=True)

@@ -1,0 +1,170 @@
+"""The benchmark's commands on a CPU: everything but CUPTI, with a timer by the host's clock in its place."""
+
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+from bench_support import HostTimer, bench, sample_report
+
+from jaxgemm.bench import block, dense, grouped, quantize, readme, report
+from jaxgemm.bench.measure import Call
+from jaxgemm.bench.rows import Setup
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture
+def tiny_cases(monkeypatch):
+    monkeypatch.setattr(quantize, "ACTIVATIONS", ((10, 300),))
+    monkeypatch.setattr(quantize, "WEIGHTS", ((200, 130),))
+    tiny_block = block.BlockCase(2, 8, 32, 24, heads=4, kv_heads=2, attention="xla")
+    monkeypatch.setattr(dense, "dense_cases", lambda: [dense.DenseCase(16, (40, 24, 40)), tiny_block])
+    cases = [
+        grouped.GroupedCase("masked", 2, 9, 20, 140),
+        grouped.GroupedCase("contiguous", 3, 12, 20, 140),
+        grouped.GroupedCase("k-grouped", 2, 100, 20, m=12),
+    ]
+    monkeypatch.setattr(grouped, "grouped_cases", lambda: cases)
+
+
+# Refusal
+
+
+def test_without_a_gpu_it_says_so_in_one_line():
+    code = [sys.executable, "-m", "jaxgemm.bench", "quantize"]
+    result = subprocess.run(code, capture_output=True, text=True, cwd=ROOT, env={"JAX_PLATFORMS": "cpu", "PATH": ""})
+    if jax.default_backend() != "gpu":
+        assert result.returncode == 2
+        assert result.stderr.strip().count("\n") == 0
+        assert "NVIDIA GPU" in result.stderr
+        assert not result.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["gemm", "--m", "1"], "--m, --n and --k go together"),
+        (["gemm", "--suite", "nowhere.json"], "must be deepgemm, llama, deepseek-v3 or a JSON file"),
+        (["gemm", "--only", "nothing like it"], "no case matches"),
+        (["gemm", "--vs", "xla-bf16,other"], "got other"),
+        (["gemm", "--m", "1", "--n", "1", "--k", "1", "--compare", "nowhere.json"], "holds no report"),
+        (["readme", "--file", str(ROOT / "README.md"), "--results", "nowhere"], None),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, message, capsys):
+    assert bench(*arguments) == (2 if message else 0)
+    assert message is None or message in capsys.readouterr().err
+
+
+# The whole way
+
+
+@pytest.mark.parametrize("kind", ["dense", "wgrad"])
+def test_gemm(kind, tmp_path, capsys):
+    path = tmp_path / "out" / "gemm.json"
+    sizes = ["--m", "5,130", "--n", "24", "--k", "300", "--kind", kind]
+    code = bench("gemm", *sizes, "--bias", "--vs", "xla-bf16,xla-fp8", "--cold-megabytes", "0.01", "--json", str(path))
+    assert code == 0
+    made = report.read(path)
+    assert made["environment"]["jax"] == jax.__version__ and made["environment"]["commit"]
+    assert made["limits"]["copy_gbps"] > 0 and made["method"]["timer"] == "host clock"
+    assert [(row["m"], row["cold"]) for row in made["rows"]] == [(5, kind == "dense"), (130, False)]
+    for row in made["rows"]:
+        assert set(row["times"]) == {"jaxgemm", "jaxgemm+bias", "xla-bf16"} and "xla-fp8" in row["missing"]
+        assert row["checks"]["difference"] < 1e-5 and row["checks"]["difference with bias"] < 1e-5
+        assert row["flops"] == 2 * row["m"] * 24 * 300
+        assert row["times"]["jaxgemm"]["kernels"] and row["times"]["jaxgemm"]["samples"] == 2
+    out = capsys.readouterr().out
+    assert "130x24x300" in out and "x xla-bf16" in out and "xla-fp8: XLA's program holds no" in out
+
+
+def test_quantize(tiny_cases, tmp_path):
+    assert bench("quantize", "--json", str(tmp_path / "a.json")) == 0
+    rows = report.read(tmp_path / "a.json")["rows"]
+    assert len(rows) == len(quantize.OPERATIONS) and all(row["checks"]["identical"] is True for row in rows)
+    natural, both = rows[0], rows[1]
+    assert natural["bytes"] == 10 * 300 * 2 + 16 * 384 + 3 * 12 * 4
+    assert both["bytes"] == natural["bytes"] + 304 * 128 + 1 * 300 * 4
+
+
+def test_dense(tiny_cases, tmp_path):
+    assert bench("dense", "--json", str(tmp_path / "a.json")) == 0
+    train, forward, whole = report.read(tmp_path / "a.json")["rows"]
+    assert set(whole["times"]) == {"jaxgemm", "xla-bf16"}
+    assert whole["flops"] == 6 * 2 * 8 * (32 * 64 + 32 * 32 + 32 * 48 + 24 * 32)
+    assert train["flops"] == 3 * forward["flops"] == 3 * 2 * 16 * 2 * 40 * 24
+    for row in (train, forward, whole):
+        assert 1e-6 < row["checks"]["largest difference from bf16"] < 1e-2
+        assert row["checks"]["temp MiB"] >= 0
+    for row in (train, forward):
+        assert set(row["times"]) == {"jaxgemm", "jaxgemm, products alone", "xla-bf16"}
+
+
+def test_grouped(tiny_cases, tmp_path):
+    assert bench("grouped", "--json", str(tmp_path / "a.json")) == 0
+    rows = report.read(tmp_path / "a.json")["rows"]
+    assert [row["group"] for row in rows] == ["masked", "contiguous", "k-grouped"]
+    for row, case in zip(rows, grouped.grouped_cases(), strict=True):
+        assert row["checks"]["difference"] < 1e-5 and set(row["times"]) == {"jaxgemm", "xla-bf16"}
+        assert row["flops"] == 2 * int(case.sizes.sum()) * 20 * (12 if case.kind == "k-grouped" else 140)
+
+
+def test_the_oracle_of_groups_sees_a_wrong_group(tiny_cases):
+    for case in grouped.grouped_cases():
+        prepare = {"masked": grouped._masked, "contiguous": grouped._contiguous, "k-grouped": grouped._k_grouped}
+        calls, _, _ = prepare[case.kind](case, Setup(HostTimer()))
+        call = calls["jaxgemm"]
+        right = call.function
+        wrong = Call(lambda *a, f=right: f(*a) * 1.02, *call.argument_sets)
+        assert grouped._difference(case, call) < 1e-5 < grouped._difference(case, wrong)
+
+
+def test_a_case_that_fails_is_a_row_and_fails_the_run(tmp_path):
+    path = tmp_path / "a.json"
+    code = bench("gemm", "--m", "8", "--n", "8", "--k", "8", "--implementation", "mosaic", "--json", str(path))
+    if jax.default_backend() != "gpu":
+        assert code == 1
+        (row,) = report.read(path)["rows"]
+        assert row["missing"]["jaxgemm"].startswith("NotImplementedError") and not row["times"]
+
+
+@pytest.mark.parametrize("factor, code", [(1e9, 0), (1e-9, 1)])
+def test_compare_on_the_command_line(factor, code, tmp_path, capsys):
+    path, shape = tmp_path / "old.json", ["--m", "8", "--n", "8", "--k", "8", "--vs", "", "--cold-megabytes", "0"]
+    assert bench("gemm", *shape, "--json", str(path)) == 0
+    old = report.read(path)
+    old["rows"][0]["times"]["jaxgemm"]["us"] *= factor
+    report.write(old, path)
+    assert bench("gemm", *shape, "--compare", str(path)) == code
+    assert ("slower than before" in capsys.readouterr().out) == bool(code)
+
+
+# README
+
+
+def test_readme_tables_are_rendered_and_checked(tmp_path, capsys):
+    file, results = tmp_path / "README.md", tmp_path / "results"
+    report.write(sample_report(), results / "gemm-h100.json")
+    file.write_text("before\n<!-- table: gemm-h100 -->\nold\n<!-- end -->\nafter\n")
+    options = ["readme", "--file", str(file), "--results", str(results)]
+    assert bench(*options, "--check") == 1 and "out of date" in capsys.readouterr().err
+    assert "old" in file.read_text()
+    assert bench(*options) == 0 and bench(*options, "--check") == 0
+    text = file.read_text()
+    assert text.startswith("before\n<!-- table: gemm-h100 -->\n") and text.endswith("<!-- end -->\nafter\n")
+    assert "| large 1x1x1 | 100.0 |" in text and "old" not in text
+    report.write(sample_report(us=120.0), results / "gemm-h100.json")
+    assert bench(*options, "--check") == 1
+
+
+def test_readme_with_wrong_markers_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="end"):
+        readme.render("<!-- table: x -->\nno end", tmp_path)
+    with pytest.raises(ValueError, match="no report"):
+        readme.render("<!-- table: x -->\n<!-- end -->", tmp_path)
+
+
+def test_readme_of_this_project_is_up_to_date():
+    assert readme.update(ROOT / "README.md", ROOT / "benchmarks" / "results", check=True)
