@@ -113,7 +113,7 @@ def shared_memory_bytes(problem: GemmProblem, config: GemmConfig) -> int:
     total = 0
     for tile, shape in zip((config.tile_m, config.tile_n), _block_shapes(problem), strict=True):
         blocks = cdiv(SCALE_BLOCK - math.gcd(tile, SCALE_BLOCK) + tile, SCALE_BLOCK)
-        by_row = 4 * config.stages * max(tile, 32)
+        by_row = 4 * config.stages * align_up(tile, 32)
         by_block = 4 * config.warpgroups * blocks * align_up(k_tiles, 128)
         total += _aligned(config.stages * tile * SCALE_BLOCK) + _aligned(by_row if shape[0] == 1 else by_block)
     itemsize = problem.out_dtype.itemsize

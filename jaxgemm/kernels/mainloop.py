@@ -21,8 +21,7 @@ from jaxgemm.kernels.wave import ACCUMULATOR_LAYOUT, OPERAND_TRANSFORMS, TILE_K,
 from jaxgemm.layout import align_up, cdiv
 
 SCALE_BLOCK_ROWS = 128
-MIN_SLAB = 32
-"""Fewest scales a TMA copy may bring: 128 bytes."""
+SLAB_ALIGNMENT = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +45,8 @@ class Operand:
 
     @property
     def slab(self) -> int:
-        """1x128 scales held in shared memory for one k tile."""
-        return max(self.tile, MIN_SLAB)
+        """1x128 scales held in shared memory for one k tile; a TMA copy brings multiples of 128 bytes."""
+        return align_up(self.tile, SLAB_ALIGNMENT)
 
     @property
     def blocks_per_tile(self) -> int:
@@ -258,8 +257,11 @@ def compute_tile(
             rows_smem = rows[1].values_smem.at[slot, pl.ds(row, WAVE_ROWS)]
             recycled = multiply_wave(rows_smem, columns[1].values_smem.at[slot], recycled)
             scales = (load_row_scales(row), load_column_scales()) if late else (row_scales[wave], column_scales)
+            if wave == num_waves - 1 and not late:
+                plgpu.barrier_arrive(empty_barrier.at[slot])
             new_sums.append(promote(recycled, sums[wave], *scales))
-        plgpu.barrier_arrive(empty_barrier.at[slot])
+        if late:
+            plgpu.barrier_arrive(empty_barrier.at[slot])
         return next_slot(slot, stages), new_sums, recycled
 
     def zero(width):
@@ -277,7 +279,7 @@ def loads_scales_late(rows: Operand, columns: Operand) -> bool:
     product is complete, since it needs them all; then one thread can release the stage for them all. Late ones
     have not, and every thread must arrive.
     """
-    return columns.scale_per_row and (rows.scale_per_row or columns.tile > 128)
+    return columns.scale_per_row and columns.tile > 160
 
 
 def chunk_columns(columns: Operand) -> int:

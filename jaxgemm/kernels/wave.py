@@ -30,6 +30,9 @@ load: Any = plgpu.load
 FIRST_TURN_BARRIER = 8
 """Named barriers 8 to 10 pass the turn between warpgroups; Mosaic itself uses 0 to 4."""
 
+TURN_AFTER = 3
+"""Of the four instructions of a wave, those that must be done before the next warpgroup starts."""
+
 _FP8_NAMES = {jnp.dtype(jnp.float8_e4m3fn): "e4m3", jnp.dtype(jnp.float8_e5m2): "e5m2"}
 
 
@@ -40,8 +43,9 @@ def multiply_wave(rows_smem, columns_smem, recycled: jax.Array, num_warpgroups: 
     flight then spill. This one starts with the accumulator disabled (scale-d = 0) and writes over the registers of
     `recycled`, so that every wave of a warpgroup uses the same ones.
 
-    NOTE: the compute warpgroups take turns to issue. Left alone they fall into step: the tensor core serves them
-    alternately, all finish together, and it idles while all promote. In turn, one promotes while another multiplies.
+    NOTE: the compute warpgroups take turns. Left alone they fall into step: the tensor core serves them alternately,
+    all finish together, and it idles while all promote. So each starts when the one before has little left to do, and
+    one promotes while another multiplies.
 
     Args:
         rows_smem: FP8 reference `[64, 128]` in shared memory.
@@ -63,10 +67,11 @@ def multiply_wave(rows_smem, columns_smem, recycled: jax.Array, num_warpgroups: 
     def issue_and_wait(ctx, rows, columns, recycled):
         del ctx
         registers = _fence_registers(_scalars(recycled))
+        nvvm.wgmma_fence_aligned()
+        turn = _turn(0, num_warpgroups) if num_warpgroups > 1 else None
+        registers = _issue(registers, _descriptor(rows), _descriptor(columns), shape[1], names, turn)
         if num_warpgroups > 1:
-            _named_barrier("sync", _turn(0, num_warpgroups))
-        registers = _issue(registers, _descriptor(rows), _descriptor(columns), shape[1], names)
-        if num_warpgroups > 1:
+            nvvm.wgmma_wait_group_sync_aligned(1)
             _named_barrier("arrive", _turn(1, num_warpgroups))
         nvvm.wgmma_wait_group_sync_aligned(0)
         return _from_scalars(_fence_registers(registers), recycled)
@@ -98,8 +103,12 @@ def multiply_wave_portable(rows_smem, columns_smem, recycled: jax.Array, num_war
     return pl.run_scoped(product, plgpu.ACC(shape))
 
 
-def _issue(registers, rows_descriptor, columns_descriptor, tile: int, names: tuple[str, str]):
-    """Issues the wgmmas of one k tile and returns the registers that they will write."""
+def _issue(registers, rows_descriptor, columns_descriptor, tile: int, names: tuple[str, str], turn: ir.Value | None):
+    """Issues the wgmmas of one k tile, in two groups, and returns the registers that they will write.
+
+    NOTE: the turn is awaited after the first instruction, not before. That one may not start before the promotion has
+    read these registers, and the assembler keeps the two in order; a wait in front it would move before the promotion.
+    """
     i32, i64, f32 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64), ir.F32Type.get()
     count = len(registers)
     outputs = ", ".join(f"${i}" for i in range(count))
@@ -112,16 +121,18 @@ def _issue(registers, rows_descriptor, columns_descriptor, tile: int, names: tup
     constraints = ",".join(["=f"] * count + [str(i) for i in range(count)] + ["l", "l", "n"])
     result_type = llvm.StructType.get_literal([f32] * count)
 
-    nvvm.wgmma_fence_aligned()
     for step in range(TILE_K // INSTRUCTION_K):
         offset = llvm.ConstantOp(i64, ir.IntegerAttr.get(i64, step * INSTRUCTION_K >> 4)).result
+        if step == 1 and turn is not None:
+            _named_barrier("sync", turn)
         operands = [arith.addi(descriptor, offset) for descriptor in (rows_descriptor, columns_descriptor)]
         keep = llvm.ConstantOp(i32, ir.IntegerAttr.get(i32, int(step > 0))).result
         result: Any = llvm.inline_asm(
             result_type, [*registers, *operands, keep], text, constraints, asm_dialect=0, has_side_effects=True
         )
         registers = [llvm.extractvalue(f32, result, [i]) for i in range(count)]
-    nvvm.wgmma_commit_group_sync_aligned()
+        if step + 1 in (TURN_AFTER, TILE_K // INSTRUCTION_K):
+            nvvm.wgmma_commit_group_sync_aligned()
     return registers
 
 
