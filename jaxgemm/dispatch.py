@@ -3,10 +3,9 @@
 This is the only module that asks which devices there are. A new chip is a new kernel file and one row here.
 """
 
-import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,23 +24,6 @@ PREFERENCE = ("mosaic", "xla")
 """What `implementation=None` tries, best first."""
 
 logger = logging.getLogger(__name__)
-_interpret = False
-
-
-@contextlib.contextmanager
-def interpret_kernels() -> Iterator[None]:
-    """Runs the Hopper kernels in Pallas' interpreter on the CPU, inside this context: for tests, slow.
-
-    Affects what is lowered inside, so JAX's caches are cleared on the way in and out.
-    """
-    global _interpret
-    jax.clear_caches()
-    previous, _interpret = _interpret, True
-    try:
-        yield
-    finally:
-        _interpret = previous
-        jax.clear_caches()
 
 
 def choose(problem: Problem, platform: str, implementation: str | None) -> str:
@@ -109,7 +91,6 @@ def run_quantize(problem: QuantizeProblem, platform: str, implementation: str | 
         problem=problem,
         config=default_config(problem, x.dtype),
         num_sms=sm_count(),
-        interpret=_interpreter_parameters(),
     )
 
 
@@ -133,15 +114,11 @@ def _run_mosaic(problem: GemmProblem, *operands: Any) -> jax.Array:
     bias = operands[4] if problem.has_bias else None
     num_sms = sm_count()
     config = tuning.choose_config(problem, num_sms)
-    return hopper_gemm(
-        *operands[:4], bias, problem=problem, config=config, num_sms=num_sms, interpret=_interpreter_parameters()
-    )
+    return hopper_gemm(*operands[:4], bias, problem=problem, config=config, num_sms=num_sms)
 
 
 def _why_not_hopper(platform: str) -> str | None:
     """Why kernels for Hopper cannot run where a program is lowered for; None if they can."""
-    if _interpret:
-        return None
     if platform != "cuda":
         return f"it needs a Hopper GPU, and this program is lowered for {platform}"
     if jax.__version_info__ < (0, 11):
@@ -165,14 +142,6 @@ def _why_not_mosaic(problem: Problem) -> str | None:
     if problem.rhs_block_shape not in (ROW_BLOCK, SQUARE_BLOCK):
         return f"rhs must have blocks of (128, 128) or (1, 128), and has {problem.rhs_block_shape}"
     return None
-
-
-def _interpreter_parameters() -> Any:
-    if not _interpret:
-        return False
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    return plgpu.InterpretGPUParams()
 
 
 @functools.cache

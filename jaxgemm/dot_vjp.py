@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxgemm import layout
 from jaxgemm.gemm import gemm, grouped_gemm, k_grouped_gemm, masked_grouped_gemm
-from jaxgemm.manual_axes import sum_replicated
+from jaxgemm.manual_axes import sum_replicated, varying_axes
 from jaxgemm.quantize import quantize, quantize_both, quantize_grouped, quantize_transposed
 from jaxgemm.recipe import Recipe
 from jaxgemm.reference import activate
@@ -130,7 +130,10 @@ def _backward(options: DotOptions, residuals: Any, dout: jax.Array) -> tuple[Any
     drhs = None
     if options.rhs_dtype is not None:  # a weight that came quantised is a constant
         with jax.named_scope("fp8_wgrad"):
-            drhs = _wgrad(options, lhs_residual, dout_wgrad, sizes)
+            # Summed in float32 in any case; rounded by the product itself unless devices' shares are still to be added.
+            is_partial = bool(varying_axes(dout) - options.varying[1])
+            out_dtype = jnp.float32 if is_partial else options.rhs_dtype
+            drhs = _wgrad(options, lhs_residual, dout_wgrad, sizes, out_dtype)
     dtypes = (options.lhs_dtype, options.rhs_dtype, options.bias_dtype)
     gradients = zip((dlhs, drhs, dbias), options.varying, dtypes, strict=True)
     return *(g if g is None else sum_replicated(g, axes).astype(dtype) for g, axes, dtype in gradients), None
@@ -159,8 +162,8 @@ def _row_product(
     return masked_grouped_gemm(lhs, rhs, sizes, bias, **keywords)
 
 
-def _wgrad(options: DotOptions, lhs: Any, dout: Any, sizes: Any) -> jax.Array:
-    """The gradient of rhs in float32, `[k, n]` or `[g, k, n]`, from what the quantisers below kept."""
+def _wgrad(options: DotOptions, lhs: Any, dout: Any, sizes: Any, out_dtype: Any) -> jax.Array:
+    """The gradient of rhs, `[k, n]` or `[g, k, n]`, summed in float32, from what the quantisers below kept."""
     if options.recipe.wgrad_dtype == "bf16":
         return _wgrad_bf16(options, lhs, dout, sizes)
     keywords: dict[str, Any] = {

@@ -10,11 +10,10 @@ import numpy as np
 
 from jaxgemm import layout
 from jaxgemm.manual_axes import match_varying
+from jaxgemm.numerics import INFINITY_BITS, block_scale, reciprocal
 from jaxgemm.problem import GemmProblem, QuantizeProblem
 from jaxgemm.scaled_array import is_mn_major, store_scales, store_values, transposed_block_shape
 
-SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
-INFINITY_BITS = 0x7F800000
 GROUP_TILE = 128
 """Rows of one step of the grouped product: enough to fill a matrix unit, few enough to waste little on small groups."""
 
@@ -49,7 +48,7 @@ def _quantize_blocks(
     magnitude_bits = jax.lax.bitcast_convert_type(jnp.abs(x), jnp.uint32)
     scale = block_scale(_block_max(magnitude_bits, block_shape), problem.dtype, problem.power_of_two)
     # Multiplying by the reciprocal, as the kernels do, keeps every implementation bitwise equal.
-    inverse = expand_scales(1.0 / scale, block_shape, rows, cols)
+    inverse = expand_scales(reciprocal(scale, 1 / scale), block_shape, rows, cols)
     limit = float(jnp.finfo(problem.dtype).max)
     values = jnp.clip(x * inverse, -limit, limit).astype(problem.dtype)
     # NOTE: set apart from the arithmetic, since fast-math flags may assume that no NaN flows through it.
@@ -65,25 +64,6 @@ def _block_max(bits: jax.Array, block_shape: tuple[int, int]) -> jax.Array:
     padded = layout.pad_trailing(bits, (row_blocks * block_shape[0], col_blocks * block_shape[1]))
     blocks = padded.reshape(*bits.shape[:-2], row_blocks, block_shape[0], col_blocks, block_shape[1])
     return blocks.max((-3, -1), initial=0)
-
-
-def block_scale(amax_bits: jax.Array, dtype: np.dtype, power_of_two: bool) -> jax.Array:
-    """Returns the float32 scale of blocks from the bits of their largest magnitude.
-
-    The largest magnitude is handled as an unsigned integer, which orders non-negative floats and puts Inf and NaN on
-    top: no compiler flag can then reason NaN away. `scale = amax * (1 / max(dtype))`, a product because XLA turns the
-    division into one anyway; at least the smallest normal float32, so that its reciprocal is finite; 1 for a zero
-    block; NaN for a block that holds Inf or NaN.
-    """
-    amax = jax.lax.bitcast_convert_type(amax_bits, jnp.float32)
-    reciprocal = np.float32(1.0 / float(jnp.finfo(dtype).max))
-    scale = jnp.maximum(amax * reciprocal, np.float32(SMALLEST_NORMAL))
-    if power_of_two:
-        bits = jax.lax.bitcast_convert_type(scale, jnp.uint32)
-        rounded_up = (bits + np.uint32(0x7FFFFF)) & np.uint32(INFINITY_BITS)
-        scale = jax.lax.bitcast_convert_type(rounded_up, jnp.float32)
-    scale = jnp.where(amax_bits == 0, np.float32(1), scale)
-    return jnp.where(amax_bits >= INFINITY_BITS, np.float32(np.nan), scale)
 
 
 def is_finite_bits(x: jax.Array) -> jax.Array:

@@ -188,7 +188,7 @@ def test_grouped_segments_hold_their_rows_and_nothing_else():
         ),
         (
             NotImplementedError,
-            lambda q: q(jnp.ones((2, 2)), implementation="mosaic"),
+            lambda q: q(jnp.ones((2, 2)), (2, 2), implementation="mosaic"),
             "'mosaic' cannot serve this call",
         ),
     ],

@@ -97,8 +97,19 @@ def store_wave_transposed(
     first = 0
     for part in sums:
         values = plgpu.layout_cast(part.astype(out_smem.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
-        out_smem.at[first : first + part.shape[1]].T[...] = values
+        _store(out_smem.at[first : first + part.shape[1]].T, values)
         first += part.shape[1]
     plgpu.commit_smem()
     window = pl.ds(column, out_smem.shape[0]), pl.ds(row, WAVE_ROWS)
     plgpu.copy_smem_to_gmem(out_smem, out_gmem.at[window])
+
+
+def _store(target: Any, values: jax.Array) -> None:
+    """Stores registers to transposed shared memory.
+
+    NOTE: 32-bit numbers have no such store without bank conflicts; jax >= 0.12 wants to be told that this is known.
+    """
+    if values.dtype.itemsize == 4 and hasattr(plgpu, "store"):
+        plgpu.store(target, values, optimized=False)
+    else:
+        target[...] = values

@@ -12,10 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxgemm import layout
 from jaxgemm.kernels.elementwise import FUNCTIONS
 from jaxgemm.kernels.hopper_quantize_plan import BLOCK, SLAB_ROWS, Plan
-from jaxgemm.problem import QuantizeProblem
-
-SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
-INFINITY_BITS = 0x7F800000
+from jaxgemm.numerics import block_scale, reciprocal
 
 
 def apply_function(plan: Plan, x_smem, warpgroup) -> None:
@@ -83,7 +80,8 @@ def quantize_slab(
     release(transposed)
 
     # Scale and cast.
-    scale = _block_scale(amax, plan.problem)
+    amax_bits = lax.bitcast_convert_type(amax, jnp.uint32)
+    scale = block_scale(amax_bits, plan.problem.dtype, plan.problem.power_of_two)
     inverse = reciprocal(scale, 1 / scale)
     scaled = [chunk.astype(jnp.float32) * _broadcast_rows(inverse, chunk.shape) for chunk in chunks]
     scaled = jnp.concatenate(scaled, axis=1) if len(scaled) > 1 else scaled[0]
@@ -154,36 +152,6 @@ def _store_row(source, target, index, start) -> None:
     if length % SLAB_ROWS:
         is_last = (start < length) & (start + SLAB_ROWS > length)
         pl.when(is_last)(functools.partial(store, length % SLAB_ROWS))
-
-
-def _block_scale(amax: jax.Array, problem: QuantizeProblem) -> jax.Array:
-    """Returns the float32 scales of blocks of these largest magnitudes, as `reference.block_scale` does."""
-    amax_bits = lax.bitcast_convert_type(amax, jnp.uint32)
-    inverse_limit = np.float32(1 / float(jnp.finfo(problem.dtype).max))
-    scale = jnp.maximum(amax * inverse_limit, np.float32(SMALLEST_NORMAL))
-    if problem.power_of_two:
-        bits = lax.bitcast_convert_type(scale, jnp.uint32)
-        scale = lax.bitcast_convert_type((bits + np.uint32(0x7FFFFF)) & np.uint32(INFINITY_BITS), jnp.float32)
-    scale = jnp.where(amax_bits == np.uint32(0), np.float32(1), scale)
-    return jnp.where(amax_bits >= np.uint32(INFINITY_BITS), np.float32(np.nan), scale)
-
-
-def reciprocal(scale: jax.Array, quotient: jax.Array) -> jax.Array:
-    """Returns `1 / scale`, correctly rounded, of positive normal float32; NaN for NaN.
-
-    The GPU divides approximately: `quotient` is within one unit in the last place. Let S and R be the 24-bit
-    mantissas of scale and quotient. S * R differs from a power of two at or above 2^46, which is 0 modulo
-    2^32, by about S at most. So 32-bit integers hold that remainder exactly, and it says whether R is one too
-    small or one too large.
-    """
-    scale_bits, bits = (lax.bitcast_convert_type(x, jnp.int32) for x in (scale, quotient))
-    mantissa = (scale_bits & np.int32(0x7FFFFF)) | np.int32(0x800000)
-    remainder = -(mantissa * ((bits & np.int32(0x7FFFFF)) | np.int32(0x800000)))
-    one, zero = np.int32(1), np.int32(0)
-    too_small = jnp.where(remainder * 2 > mantissa, one, zero)
-    too_large = jnp.where(remainder * 2 < -mantissa, one, zero)
-    inverse = lax.bitcast_convert_type(bits + too_small - too_large, jnp.float32)
-    return jnp.where(scale_bits >= np.int32(INFINITY_BITS), np.float32(np.nan), inverse)
 
 
 def _broadcast_rows(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -1,19 +1,20 @@
-"""What public functions call on a GPU, seen without one: by lowering for CUDA, and in Pallas' interpreter."""
+"""What public functions call on a GPU, seen without one, by lowering for CUDA."""
 
 import functools
 import logging
+import re
 
 import jax
-import jax.numpy as jnp
 import pytest
-from support import ROW, SQUARE, assert_close, operands, oracle, random
+from support import SQUARE, operands, random
 
 import jaxgemm
 from jaxgemm import dispatch
 
-GEMM_KERNEL = "fp8_gemm_sm90"
-QUANTIZE_KERNEL = "fp8_quantize_sm90"
-f32 = {"preferred_element_type": jnp.float32}
+if jax.__version_info__ < (0, 11):
+    pytest.skip("this jax does not have the Pallas that the kernels are written for", allow_module_level=True)
+
+GEMM_KERNEL, QUANTIZE_KERNEL = "fp8_gemm_sm90_mosaic_gpu", "fp8_quantize_mosaic_gpu"
 
 
 def lowered(function, *args):
@@ -21,25 +22,26 @@ def lowered(function, *args):
 
 
 def test_training_multiplies_in_fp8_in_all_three_products():
-    """fprop, dgrad and wgrad are kernel calls, and no product is left to XLA."""
+    """fprop, dgrad and wgrad are kernel calls, each operand is quantised in one, and no product is left to XLA."""
     x, w, bias = random(0, 300, 576), random(1, 576, 200), random(2, 200)
     gradients = jax.grad(lambda *args: (jaxgemm.fp8_dot(*args) ** 2).sum(), (0, 1, 2))
     text = lowered(gradients, x, w, bias)
-    assert text.count(GEMM_KERNEL) == 3
+    assert (text.count(GEMM_KERNEL), text.count(QUANTIZE_KERNEL)) == (3, 3)
     assert "dot_general" not in text
 
 
 def test_forward_alone_is_one_product():
     text = lowered(functools.partial(jaxgemm.fp8_dot, activation="gelu"), random(0, 7, 7), random(1, 7, 7))
-    assert text.count(GEMM_KERNEL) == 1
+    assert (text.count(GEMM_KERNEL), text.count(QUANTIZE_KERNEL)) == (1, 2)
 
 
 def test_operands_that_are_aligned_are_not_copied():
-    """Between the caller's FP8 arrays and the kernel there is no padding, slicing or transposing."""
+    """Between the caller's FP8 arrays and the kernel nothing is padded, sliced or transposed, nor behind it."""
     lhs, rhs = operands(256, 512, 1024)
     text = lowered(jaxgemm.gemm, lhs, rhs)
     assert text.count(GEMM_KERNEL) == 1
-    assert not [op for op in ("stablehlo.pad", "stablehlo.slice", "stablehlo.transpose", "copy") if op in text]
+    moving = [line for line in text.splitlines() if re.search(r"stablehlo\.(pad|slice|transpose|concatenate)", line)]
+    assert not [line for line in moving if "f8E4M3FN" in line or "bf16" in line]
 
 
 def test_what_mosaic_cannot_do_is_refused_with_the_reason():
@@ -57,12 +59,3 @@ def test_falling_back_on_a_gpu_is_logged_once(caplog):
             assert GEMM_KERNEL not in text
     messages = [r.message for r in caplog.records if "dense" in r.message]
     assert len(messages) == 1 and "lhs must have blocks of (1, 128)" in messages[0]
-
-
-@pytest.mark.parametrize("m, n, k, rhs_block", [(7, 7, 7, SQUARE), (70, 40, 200, ROW)])
-def test_the_public_function_runs_the_kernel_in_the_interpreter(m, n, k, rhs_block):
-    lhs, rhs = operands(m, n, k, rhs_block=rhs_block)
-    bias = random(2, n)
-    with dispatch.interpret_kernels():
-        out = jaxgemm.gemm(lhs, rhs, bias, activation="silu", implementation="mosaic", **f32)
-    assert_close(out, oracle(lhs, rhs, bias, "silu"))

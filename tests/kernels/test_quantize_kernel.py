@@ -14,7 +14,7 @@ if not hasattr(plgpu, "InterpretGPUParams"):
 from jaxgemm import layout
 from jaxgemm.kernels import hopper_quantize as kernels
 from jaxgemm.kernels.elementwise import FUNCTIONS
-from jaxgemm.kernels.hopper_quantize_slab import reciprocal
+from jaxgemm.numerics import reciprocal
 from jaxgemm.problem import QuantizeProblem
 from jaxgemm.scaled_array import ROW_BLOCK, SQUARE_BLOCK
 
