@@ -111,10 +111,13 @@ def _run_xla(problem: GemmProblem, *operands: Any) -> jax.Array:
 def _run_mosaic(problem: GemmProblem, *operands: Any) -> jax.Array:
     from jaxgemm.kernels.hopper_gemm import hopper_gemm  # loads Pallas, which importing jaxgemm must not
 
-    bias = operands[4] if problem.has_bias else None
+    lhs_values, lhs_scales, rhs_values, rhs_scales, *rest = operands
+    bias = rest[0] if problem.has_bias else None
     num_sms = sm_count()
     config = tuning.choose_config(problem, num_sms)
-    return hopper_gemm(*operands[:4], bias, problem=problem, config=config, num_sms=num_sms)
+    return hopper_gemm(
+        lhs_values, lhs_scales, rhs_values, rhs_scales, bias, problem=problem, config=config, num_sms=num_sms
+    )
 
 
 def _why_not_hopper(platform: str) -> str | None:
