@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from jaxgemm.layout import SCALE_BLOCK, align_up, cdiv
 from jaxgemm.problem import GemmProblem
@@ -19,11 +20,14 @@ BUFFER_ALIGNMENT = 1024
 
 WAVE_ROWS = 64
 MAX_CLUSTER = 8
-STAGED_BYTES = 16384
+STAGED_BYTES = 32768
 """Most bytes of the output that a warpgroup stages before it stores them."""
 
-ACCUMULATOR_REGISTERS = {1: 192, 2: 192, 3: 128}
-"""Registers a thread for sums and one partial, by the number of compute warpgroups: the most that never spilled."""
+ACCUMULATOR_REGISTERS = {1: 200, 2: 200, 3: 128}
+"""Registers a thread for sums, one product and scales, by the number of compute warpgroups: the most without spills."""
+
+MAX_EARLY_COLUMNS = 160
+"""Most 1x128 scales of a tile's columns that are read before the product; more would not fit beside the sums."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +97,7 @@ def why_invalid(problem: GemmProblem, config: GemmConfig) -> str | None:
         return f"the wgmma's M side, {rows}, must be a multiple of 64 x {warpgroups} warpgroups, up to 256"
     if columns % 8 or not 8 <= columns <= 256:
         return f"the wgmma's N side, {columns}, must be a multiple of 8, up to 256"
-    if columns * (config.num_waves + 1) // 2 > ACCUMULATOR_REGISTERS[warpgroups]:
+    if _registers(problem, config) > ACCUMULATOR_REGISTERS[warpgroups]:
         return f"{config.num_waves} waves of {columns} columns do not fit in registers"
     if config.split_k > 1 and not (config.swap_operands and config.num_waves == 1 and config.share == 1):
         return "split_k needs swapped operands, one wave a warpgroup and no sharing"
@@ -144,6 +148,14 @@ def _block_shapes(problem: GemmProblem) -> tuple[tuple[int, int], tuple[int, int
     return problem.lhs_block_shape, problem.rhs_block_shape
 
 
+def _registers(problem: GemmProblem, config: GemmConfig) -> int:
+    """Registers a thread for the sums, one product and the scales of the columns."""
+    columns = config.tile_columns
+    block_shape = _block_shapes(problem)[not config.swap_operands]
+    scales = columns // 4 if block_shape[0] == 1 and columns <= MAX_EARLY_COLUMNS else 0
+    return columns * (config.num_waves + 1) // 2 + scales
+
+
 def _all_scales_per_row(problem: GemmProblem) -> bool:
     return all(shape[0] == 1 for shape in _block_shapes(problem))
 
@@ -159,23 +171,32 @@ def _with_most_stages(problem: GemmProblem, config: GemmConfig, limit: int) -> G
 
 def candidates(problem: GemmProblem) -> Iterator[GemmConfig]:
     """Every configuration worth considering for a problem; all are valid."""
-    for tile_m, warpgroups in ((256, 2), (192, 3), (128, 2), (64, 1)):
-        for tile_n in (128,) if tile_m > 128 else (32, 64, 96, 128, 160, 192):
-            config = _with_most_stages(problem, GemmConfig(tile_m, tile_n, 2, warpgroups), 8)
-            if config is not None:
-                yield config
-    if problem.m <= 192:
+    shapes = []
+    if problem.m <= 128:
         tile_m = align_up(problem.m, 8)
         for tile_n, warpgroups in ((64, 1), (128, 2), (192, 3)):
-            for split_k in (1, 2, 4):
-                config = GemmConfig(tile_m, tile_n, 2, warpgroups, swap_operands=True, split_k=split_k)
-                config = _with_most_stages(problem, config, 24)
-                if config is not None:
-                    yield config
+            for split_k in (1, 2):
+                shapes.append(GemmConfig(tile_m, tile_n, 2, warpgroups, swap_operands=True, split_k=split_k))
+    widths_of_high, widths = _tile_widths(problem)
+    for tile_m, warpgroups in ((256, 2), (192, 3), (128, 2), (64, 1)):
+        for tile_n in widths_of_high if tile_m > 128 else widths:
+            shapes.append(GemmConfig(tile_m, tile_n, 2, warpgroups))
+    for shape in shapes:
+        config = _with_most_stages(problem, shape, 24 if shape.swap_operands else 8)
+        if config is not None:
+            yield config
+
+
+def _tile_widths(problem: GemmProblem) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Columns of tiles of more than 128 rows, and of others; what was slower in every measurement is left out."""
+    narrow = (32, 64, 96, 128)
+    if not _all_scales_per_row(problem):
+        return (128,), (*narrow, 160, 192)
+    return (96, 112), (*narrow, 160) if problem.out_dtype.itemsize < 4 else narrow
 
 
 MAC_MICROSECONDS = 2.29e-5
-"""Time of one multiply-add of a tile on one SM at full rate; H200, measured over tiles from 128x192 to 256x128."""
+"""Time of a k tile on one SM for each element of the output tile; H200, tiles from 128x192 to 256x128."""
 
 TILE_MICROSECONDS = 1.0
 """Time of a tile outside its main loop; the intercept of the same measurements."""
@@ -183,8 +204,8 @@ TILE_MICROSECONDS = 1.0
 LATENCY_MICROSECONDS = 0.2
 """Least time of a k tile: wait, multiply, promote."""
 
-SM_BYTES_PER_MICROSECOND = 60e3
-"""What one SM takes in from the L2 cache."""
+SM_BYTES_PER_MICROSECOND = 85e3
+"""What one SM takes in from the L2 cache; 128x128 tiles reached 80e3."""
 
 MEMORY_BYTES_PER_MICROSECOND = 3.3e6
 """Device memory, between an H100 and an H200."""
@@ -201,8 +222,10 @@ def predicted_microseconds(problem: GemmProblem, config: GemmConfig, num_sms: in
     k_tiles = cdiv(cdiv(problem.k, SCALE_BLOCK), config.split_k)
     narrow = 1 + max(0, 128 - config.tile_columns) / 256
     shallow = 1.1 if config.num_waves * config.warpgroups <= 2 and config.tile_columns <= 128 else 1.0
-    macs = config.tile_rows * max(config.tile_columns, 16) * SCALE_BLOCK / 128
-    multiply = k_tiles * macs * MAC_MICROSECONDS * narrow * shallow
+    macs = config.tile_rows * max(config.tile_columns, 16)  # a k tile's, in units of its depth
+    chunks = config.tile_columns // math.gcd(config.tile_columns, SCALE_BLOCK)
+    promote = 1.3 if _all_scales_per_row(problem) else 1 + 0.02 * (chunks - 1)
+    multiply = k_tiles * macs * MAC_MICROSECONDS * narrow * shallow * promote
     ingest = k_tiles * (config.tile_m + config.tile_n) * SCALE_BLOCK / SM_BYTES_PER_MICROSECOND
     busy = waves * max(multiply, ingest, k_tiles * LATENCY_MICROSECONDS)
     memory = (problem.m * problem.k + problem.n * problem.k) / MEMORY_BYTES_PER_MICROSECOND
@@ -220,23 +243,44 @@ def choose_config(problem: GemmProblem, num_sms: int) -> GemmConfig:
     Raises:
         ValueError: if no configuration is valid.
     """
-    key = problem.m, problem.n, problem.k, *(shape[0] for shape in _block_shapes(problem))
-    measured = MEASURED.get(key)
+    measured = MEASURED.get(measured_key(problem))
     if measured is not None and why_invalid(problem, measured) is None:
         return measured
     ranked = sorted(candidates(problem), key=lambda config: predicted_microseconds(problem, config, num_sms))
     if not ranked:
         raise ValueError(f"no configuration of the Hopper kernel serves {problem}")
-    return _with_sharing(problem, ranked[0])
+    return ranked[0]
 
 
-def _with_sharing(problem: GemmProblem, config: GemmConfig) -> GemmConfig:
-    """Pairs blocks of a 256x128 configuration in clusters where the tiles along n come in pairs."""
-    if config.tile_m < 256 or cdiv(problem.n, config.tile_n) % 2 or problem.k < 4096:
-        return config
-    shared = dataclasses.replace(config, share=2)
-    return config if why_invalid(problem, shared) else shared
+class MeasuredKey(NamedTuple):
+    """What a measurement was made of."""
+
+    m: int
+    n: int
+    k: int
+    lhs_block_rows: int
+    rhs_block_rows: int
+    out_bytes: int
 
 
-MEASURED: dict[tuple[int, ...], GemmConfig] = {}
-"""(m, n, k, rows of an lhs block, rows of an rhs block): the fastest configuration measured."""
+def measured_key(problem: GemmProblem) -> MeasuredKey:
+    """The key of a problem in the table."""
+    lhs, rhs = _block_shapes(problem)
+    return MeasuredKey(problem.m, problem.n, problem.k, lhs[0], rhs[0], problem.out_dtype.itemsize)
+
+
+def _swapped(tile_m: int, tile_n: int, stages: int, warpgroups: int, split_k: int = 1) -> GemmConfig:
+    return GemmConfig(tile_m, tile_n, stages, warpgroups, swap_operands=True, split_k=split_k)
+
+
+MEASURED: dict[MeasuredKey, GemmConfig] = {
+    MeasuredKey(4096, 4096, 7168, 1, 128, 2): GemmConfig(256, 128, 3),
+    MeasuredKey(4096, 7168, 2048, 1, 128, 2): GemmConfig(256, 128, 3),
+    MeasuredKey(4096, 7168, 4096, 1, 1, 2): GemmConfig(128, 160, 4),
+    MeasuredKey(4096, 7168, 4096, 1, 1, 4): GemmConfig(256, 112, 3),
+    MeasuredKey(1, 4096, 7168, 1, 128, 2): _swapped(8, 64, 20, 1, split_k=2),
+    MeasuredKey(64, 4096, 7168, 1, 128, 2): GemmConfig(64, 32, 12, 1),
+    MeasuredKey(128, 4096, 7168, 1, 128, 2): GemmConfig(64, 64, 8, 1),
+    MeasuredKey(16, 24576, 1536, 1, 128, 2): _swapped(16, 192, 7, 3),
+}
+"""The fastest of the configurations measured for a problem (NVIDIA H200; `docs/kernel-notes.md`)."""

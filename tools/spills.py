@@ -55,7 +55,7 @@ def cases() -> dict[str, tuple]:
     row, square = (1, 128), (128, 128)
     e4m3, bf16, f32 = (np.dtype(d) for d in (jnp.float8_e4m3fn, jnp.bfloat16, jnp.float32))
     shapes = [(*dims, row, rhs) for dims in TYPICAL for rhs in (square, row)]
-    shapes += [(*key[:3], (key[3], 128), (key[4], 128)) for key in MEASURED]
+    shapes += [(key.m, key.n, key.k, (key.lhs_block_rows, 128), (key.rhs_block_rows, 128)) for key in MEASURED]
     found, seen = {}, set()
     for m, n, k, lhs_block, rhs_block in shapes:
         out = f32 if rhs_block == row else bf16

@@ -192,9 +192,7 @@ def hopper_gemm(
         `[m, n]` of `problem.out_dtype`.
     """
     plan = make_plan(problem, config, num_sms)
-    multiply = functools.partial(
-        multiply_wave_portable if interpret else multiply_wave, num_warpgroups=config.warpgroups
-    )
+    multiply = functools.partial(multiply_wave_portable if interpret else multiply_wave, num_warpgroups=plan.num_turns)
 
     def kernel(*refs, **smem):
         lhs_refs = OperandRefs(refs[0], refs[1], smem["lhs_values_smem"], smem["lhs_scales_smem"])
@@ -212,7 +210,7 @@ def hopper_gemm(
         @pl.when(warpgroup < config.warpgroups)
         def compute():
             plgpu.set_max_registers(compute_registers, action="increase")
-            with turns(warpgroup, config.warpgroups, interpret):
+            with turns(warpgroup, plan.num_turns, interpret):
                 compute_role(plan, sides, refs[-1], smem, multiply)
 
     call = plgpu.kernel(

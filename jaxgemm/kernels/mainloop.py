@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxgemm.kernels.schedule import SHARE_AXIS, Tile
 from jaxgemm.kernels.wave import ACCUMULATOR_LAYOUT, OPERAND_TRANSFORMS, TILE_K, WAVE_ROWS, load
 from jaxgemm.layout import align_up, cdiv
+from jaxgemm.tuning import MAX_EARLY_COLUMNS
 
 SCALE_BLOCK_ROWS = 128
 SLAB_ALIGNMENT = 32
@@ -279,7 +280,7 @@ def loads_scales_late(rows: Operand, columns: Operand) -> bool:
     product is complete, since it needs them all; then one thread can release the stage for them all. Late ones
     have not, and every thread must arrive.
     """
-    return columns.scale_per_row and columns.tile > 160
+    return columns.scale_per_row and columns.tile > MAX_EARLY_COLUMNS
 
 
 def chunk_columns(columns: Operand) -> int:

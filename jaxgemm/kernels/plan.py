@@ -48,6 +48,11 @@ class Plan:
         return self.rows.tile // (WAVE_ROWS * self.config.warpgroups)
 
     @property
+    def num_turns(self) -> int:
+        """Compute warpgroups that take turns at the tensor core: all if the promotion is long, else none, as 1."""
+        return self.config.warpgroups if self.lhs.scale_per_row and self.rhs.scale_per_row else 1
+
+    @property
     def k_tiles(self) -> int:
         return cdiv(self.problem.k, TILE_K)
 

@@ -43,15 +43,15 @@ def multiply_wave(rows_smem, columns_smem, recycled: jax.Array, num_warpgroups: 
     flight then spill. This one starts with the accumulator disabled (scale-d = 0) and writes over the registers of
     `recycled`, so that every wave of a warpgroup uses the same ones.
 
-    NOTE: the compute warpgroups take turns. Left alone they fall into step: the tensor core serves them alternately,
-    all finish together, and it idles while all promote. So each starts when the one before has little left to do, and
-    one promotes while another multiplies.
+    NOTE: warpgroups may take turns: each starts when the one before has little left to do, so that one promotes while
+    another multiplies. Measured: up to 16 % where the promotion is long (both operands scaled by 1x128 blocks), a
+    loss of 2 % where it is short.
 
     Args:
         rows_smem: FP8 reference `[64, 128]` in shared memory.
         columns_smem: FP8 reference `[tile, 128]` in shared memory, tile a multiple of 8 up to 256.
         recycled: float32 `[64, tile]`, a product no longer needed.
-        num_warpgroups: compute warpgroups, each of which calls this equally often.
+        num_warpgroups: compute warpgroups that take turns, each of which calls this equally often; 1: they do not.
 
     Returns:
         float32 `[64, tile]`.

@@ -92,10 +92,11 @@ CASES = {
     "wgrad": (problem(70, 130, 300, rhs=ROW, out=F32), SMALL),
     "wgrad mixed": (
         problem(70, 130, 300, rhs=ROW, out=F16, rhs_dtype=E5M2, bias=True, activation="relu"),
-        GemmConfig(256, 128, 2),
+        GemmConfig(256, 96, 2),
     ),
     "weights on the left": (problem(130, 70, 200, lhs=SQUARE, rhs=ROW), SMALL),
     "square blocks": (problem(130, 130, 300, lhs=SQUARE, out=F32), SMALL),
+    "late scales": (problem(70, 200, 300, rhs=ROW, out=F32), GemmConfig(128, 192, 2)),
     "more stages than k tiles": (problem(70, 70, 200), GemmConfig(64, 64, 6, 1)),
     "tiles in turn": (problem(140, 260, 200, bias=True), GemmConfig(64, 64, 2, 1, band=2, band_along_n=True)),
 }

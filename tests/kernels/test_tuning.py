@@ -15,6 +15,7 @@ from jaxgemm.tuning import (
     GemmConfig,
     candidates,
     choose_config,
+    measured_key,
     predicted_microseconds,
     shared_memory_bytes,
     why_invalid,
@@ -52,7 +53,7 @@ def test_candidates_are_valid_and_the_model_orders_them():
 def test_large_problems_get_large_tiles_and_few_rows_get_swapped():
     large = choose_config(problem(8192, 8192, 8192), 132)
     assert large.tile_m * large.tile_n >= 128 * 192 and not large.swap_operands
-    for m in (1, 7, 16):
+    for m in (1, 7, 32):
         few = choose_config(problem(m, 4096, 7168), 132)
         assert few.swap_operands and few.tile_m < 64
 
@@ -69,6 +70,7 @@ def test_the_choice_is_pure():
         (GemmConfig(256, 128, 4), "shared memory"),
         (GemmConfig(256, 192, 2), "registers"),
         (GemmConfig(192, 192, 2, 3), "registers"),
+        (GemmConfig(16, 256, 2, 1, swap_operands=True, split_k=2), "one wave"),
         (GemmConfig(128, 128, 1), "stages"),
         (GemmConfig(512, 64, 2), "up to 256"),
         (GemmConfig(128, 128, 3, split_k=2), "swapped"),
@@ -86,11 +88,13 @@ def test_other_kinds_and_empty_problems_are_refused():
     assert "grouped" in why_invalid(dataclasses.replace(described, kind="grouped"), config)
     assert "positive" in why_invalid(dataclasses.replace(described, m=0), config)
     assert "share" in why_invalid(problem(4096, 4096, 4096, ROW), dataclasses.replace(config, share=2))
+    assert "registers" in why_invalid(problem(4096, 4096, 4096, ROW), GemmConfig(256, 128, 3))
 
 
 @pytest.mark.parametrize("key", MEASURED, ids=str)
 def test_measured_rows_are_valid(key):
-    m, n, k, lhs_rows, rhs_rows = key
-    described = dataclasses.replace(problem(m, n, k, (rhs_rows, 128)), lhs_block_shape=(lhs_rows, 128))
+    out = {2: jnp.bfloat16, 4: jnp.float32}[key.out_bytes]
+    described = problem(key.m, key.n, key.k, (key.rhs_block_rows, 128), out)
+    assert measured_key(described) == key
     assert why_invalid(described, MEASURED[key]) is None
     assert choose_config(described, 132) == MEASURED[key]
