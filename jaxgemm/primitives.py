@@ -16,7 +16,7 @@ from jax._src import dispatch as jax_dispatch
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from jaxgemm import layout, partition
+from jaxgemm import dispatch, layout, partition
 from jaxgemm.manual_axes import match_varying, result_type
 from jaxgemm.problem import GemmProblem, QuantizeProblem
 from jaxgemm.scaled_array import stored_scales_shape, stored_values_shape, transposed_block_shape
@@ -178,10 +178,18 @@ def _register(primitive: Primitive, abstract: Any, batch: Any, run: Any, advice:
     # custom_partitioning function must, which this lowering has inside.
     jax_dispatch.prim_requires_devices_during_lowering.add(primitive)
     for platform in (None, "cpu", "cuda"):
-        lowered = mlir.lower_fun(
-            functools.partial(run, platform or "default"), multiple_results=primitive.multiple_results
-        )
-        mlir.register_lowering(primitive, lowered, platform=platform)
+        mlir.register_lowering(primitive, functools.partial(_lower, primitive, run, platform), platform=platform)
+
+
+def _lower(primitive: Primitive, run: Any, platform: str | None, ctx: Any, *operands: Any, **params: Any) -> Any:
+    """Lowers to a function that the compiler may split over the mesh; inside `shard_map` to that of one device.
+
+    Where `shard_map` is manual over some mesh axes only, splitting over the others is left to the compiler too: it
+    knows how to split the plain operations, and gathers the operands of a kernel.
+    """
+    manual = bool(getattr(ctx.module_context.axis_context, "manual_axes", ()))
+    local = functools.partial(run, dispatch if manual else partition, platform or "default")
+    return mlir.lower_fun(local, multiple_results=primitive.multiple_results)(ctx, *operands, **params)
 
 
 def _run_compiled(primitive: Primitive, *operands: Any, **params: Any) -> Any:
@@ -194,12 +202,16 @@ def _compiled(primitive: Primitive, params: tuple[tuple[str, Any], ...]) -> Any:
     return jax.jit(functools.partial(primitive.bind, **dict(params)))
 
 
-def _run_gemm(platform: str, *operands: Any, problem: GemmProblem, implementation: str | None) -> jax.Array:
-    return partition.run_gemm(problem, platform, implementation, *operands)
+def _run_gemm(
+    runner: Any, platform: str, *operands: Any, problem: GemmProblem, implementation: str | None
+) -> jax.Array:
+    return runner.run_gemm(problem, platform, implementation, *operands)
 
 
-def _run_quantize(platform: str, x: Any, *, problem: QuantizeProblem, implementation: str | None) -> list[jax.Array]:
-    return partition.run_quantize(problem, platform, implementation, x)
+def _run_quantize(
+    runner: Any, platform: str, x: Any, *, problem: QuantizeProblem, implementation: str | None
+) -> list[jax.Array]:
+    return runner.run_quantize(problem, platform, implementation, x)
 
 
 _GEMM_ADVICE = "Differentiate jaxgemm.fp8_dot, grouped_fp8_dot or masked_grouped_fp8_dot of the originals instead."

@@ -16,7 +16,7 @@ LEVELS = [
     {"jaxgemm.gemm", "jaxgemm.quantize"},
     {"jaxgemm.primitives"},
     {"jaxgemm.partition"},
-    {"jaxgemm.dispatch"},
+    {"jaxgemm.dispatch", "jaxgemm.split_rule"},
     {"jaxgemm.kernels"},
     {"jaxgemm.reference", "jaxgemm.tuning"},
     {"jaxgemm.problem"},
