@@ -20,6 +20,8 @@ from jaxgemm import dispatch, layout, reference
 from jaxgemm.problem import GemmProblem, QuantizeProblem
 from jaxgemm.split_rule import Axes, Split, SplitRule, gemm_rule, quantize_rule
 
+NO_MESH = jax.sharding.AbstractMesh((), ())
+
 
 def run_gemm(problem: GemmProblem, platform: str, implementation: str | None, *operands: Any) -> jax.Array:
     """`dispatch.run_gemm`, split over the mesh that the program is compiled for."""
@@ -51,7 +53,12 @@ def _partitioned(problem: Any, platform: str, implementation: str | None, shapes
         operand_shardings = tuple(NamedSharding(mesh, spec) for spec in specs)
         result_shardings = [NamedSharding(mesh, split.result_spec(dims)) for dims in rule.results]
         local = local_gemm if is_gemm else local_quantize
-        share = functools.partial(local, problem, platform, implementation, rule, split)
+
+        def share(*operands: Any) -> Any:
+            # One device's arrays have no sharding, also where the whole program is traced in explicit mode.
+            with jax.sharding.use_abstract_mesh(NO_MESH):
+                return local(problem, platform, implementation, rule, split, *operands)
+
         return mesh, share, result_shardings[0] if is_gemm else result_shardings, operand_shardings
 
     function = custom_partitioning(whole)

@@ -17,9 +17,11 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jaxgemm import dispatch, layout, partition
+from jaxgemm.explicit_axes import entries_by_label, run_automatic
 from jaxgemm.manual_axes import match_varying, result_type
 from jaxgemm.problem import GemmProblem, QuantizeProblem
 from jaxgemm.scaled_array import stored_scales_shape, stored_values_shape, transposed_block_shape
+from jaxgemm.split_rule import gemm_rule, quantize_rule
 
 fp8_gemm_p = Primitive("fp8_gemm")
 fp8_grouped_gemm_p = Primitive("fp8_grouped_gemm")
@@ -39,12 +41,30 @@ GEMM_PRIMITIVES = {
 def bind_gemm(problem: GemmProblem, implementation: str | None, *operands: Any) -> jax.Array:
     """Binds the primitive of `problem.kind`; `operands` as in `dispatch.run_gemm`."""
     matched = match_varying(operands)
-    return GEMM_PRIMITIVES[problem.kind].bind(*matched, problem=problem, implementation=implementation)
+    rule = gemm_rule(problem, [x.shape for x in operands])
+
+    def bind(*operands: Any) -> jax.Array:
+        return GEMM_PRIMITIVES[problem.kind].bind(*operands, problem=problem, implementation=implementation)
+
+    def out_entries() -> Any:
+        by_label = entries_by_label(operands, rule.operands)
+        return tuple(by_label.get(label) for label in rule.results[0])
+
+    return run_automatic(bind, out_entries, *matched)
 
 
 def bind_quantize(x: jax.Array, problem: QuantizeProblem, implementation: str | None) -> list[jax.Array]:
     """Binds `fp8_quantize`; results as in `reference.quantize`."""
-    return fp8_quantize_p.bind(x, problem=problem, implementation=implementation)
+    rule = quantize_rule(problem, x.shape)
+
+    def bind(x: jax.Array) -> list[jax.Array]:
+        return fp8_quantize_p.bind(x, problem=problem, implementation=implementation)
+
+    def out_entries() -> Any:
+        by_label = entries_by_label([x], rule.operands)
+        return [tuple(by_label.get(label.removesuffix("/")) for label in labels) for labels in rule.results]
+
+    return run_automatic(bind, out_entries, x)
 
 
 # Abstract evaluation: shapes and dtypes of the results.

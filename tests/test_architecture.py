@@ -21,7 +21,7 @@ LEVELS = [
     {"jaxgemm.reference", "jaxgemm.tuning"},
     {"jaxgemm.problem"},
     {"jaxgemm.scaled_array"},
-    {"jaxgemm.layout", "jaxgemm.manual_axes"},
+    {"jaxgemm.layout", "jaxgemm.manual_axes", "jaxgemm.explicit_axes"},
 ]
 WITHIN = [
     ("jaxgemm.dot", "jaxgemm.dot_vjp"),
