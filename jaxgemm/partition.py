@@ -7,6 +7,7 @@ split, float32 partial products are added over the mesh before bias and activati
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.custom_partitioning import custom_partitioning
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import NamedSharding
 
 from jaxgemm import dispatch, layout, reference
@@ -25,12 +27,21 @@ NO_MESH = jax.sharding.AbstractMesh((), ())
 
 def run_gemm(problem: GemmProblem, platform: str, implementation: str | None, *operands: Any) -> jax.Array:
     """`dispatch.run_gemm`, split over the mesh that the program is compiled for."""
-    return _partitioned(problem, platform, implementation, tuple(x.shape for x in operands))(*operands)
+    return _run(problem, platform, implementation, *operands)
 
 
 def run_quantize(problem: QuantizeProblem, platform: str, implementation: str | None, x: jax.Array) -> list[jax.Array]:
     """`dispatch.run_quantize`, split over the mesh that the program is compiled for."""
-    return _partitioned(problem, platform, implementation, (x.shape,))(x)
+    return _run(problem, platform, implementation, x)
+
+
+def _run(problem: Any, platform: str, implementation: str | None, *operands: Any) -> Any:
+    function = _partitioned(problem, platform, implementation, tuple(x.shape for x in operands))
+    # A program for several devices names what it calls by an address alone. This tells two of them apart, also to the
+    # persistent compilation cache, when that is told to leave addresses out of its keys.
+    described = f"{sys.modules[__package__].__version__} {problem} {implementation}"
+    with set_xla_metadata(jaxgemm=described):
+        return function(*operands)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -202,13 +202,15 @@ def _register(primitive: Primitive, abstract: Any, batch: Any, run: Any, advice:
 
 
 def _lower(primitive: Primitive, run: Any, platform: str | None, ctx: Any, *operands: Any, **params: Any) -> Any:
-    """Lowers to a function that the compiler may split over the mesh; inside `shard_map` to that of one device.
+    """Lowers to a function that the compiler may split over several devices; inside `shard_map`, to that of one.
 
-    Where `shard_map` is manual over some mesh axes only, splitting over the others is left to the compiler too: it
+    Where `shard_map` is manual over some mesh axes only, splitting over the others is left to the compiler alone: it
     knows how to split the plain operations, and gathers the operands of a kernel.
     """
-    manual = bool(getattr(ctx.module_context.axis_context, "manual_axes", ()))
-    local = functools.partial(run, dispatch if manual else partition, platform or "default")
+    context = ctx.module_context.axis_context
+    manual = bool(getattr(context, "manual_axes", ()))
+    several = getattr(context, "num_devices", 1) > 1 and getattr(context, "device_assignment", None) is not None
+    local = functools.partial(run, partition if several and not manual else dispatch, platform or "default")
     return mlir.lower_fun(local, multiple_results=primitive.multiple_results)(ctx, *operands, **params)
 
 
