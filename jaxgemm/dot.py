@@ -1,5 +1,6 @@
 """The differentiable products: float operands in, FP8 inside, float result out."""
 
+import functools
 import math
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgemm.dot_vjp import DotOptions, scaled_dot
+from jaxgemm.explicit_axes import entries_of, run_automatic
 from jaxgemm.manual_axes import varying_axes
 from jaxgemm.problem import (
     check_activation,
@@ -66,8 +68,12 @@ def fp8_dot(
         raise ValueError(f"lhs must be [..., k] = [..., {k}] to match rhs, got {list(lhs.shape)}")
     check_bias(bias, (n,))
     options = _options("dense", lhs, rhs, bias, preferred_element_type, activation, recipe, implementation)
-    out = scaled_dot(options, lhs.reshape(math.prod(lhs.shape[:-1]), k), rhs, bias, None)
-    return out.reshape(*lhs.shape[:-1], n)
+
+    def product(lhs: Any, rhs: Any, bias: Any) -> jax.Array:
+        out = scaled_dot(options, lhs.reshape(math.prod(lhs.shape[:-1]), k), rhs, bias, None)
+        return out.reshape(*lhs.shape[:-1], n)
+
+    return run_automatic(product, lambda: (*entries_of(lhs)[:-1], _column_entry(rhs)), lhs, rhs, bias)
 
 
 def grouped_fp8_dot(
@@ -112,7 +118,8 @@ def grouped_fp8_dot(
     check_sizes("group_sizes", group_sizes, num_groups)
     check_bias(bias, (num_groups, n))
     options = _options("grouped", lhs, rhs, bias, preferred_element_type, activation, recipe, implementation)
-    return scaled_dot(options, lhs, rhs, bias, group_sizes)
+    product = functools.partial(scaled_dot, options)
+    return run_automatic(product, lambda: (entries_of(lhs)[0], _column_entry(rhs)), lhs, rhs, bias, group_sizes)
 
 
 def masked_grouped_fp8_dot(
@@ -158,7 +165,8 @@ def masked_grouped_fp8_dot(
     check_sizes("masked_m", masked_m, num_groups)
     check_bias(bias, (num_groups, n))
     options = _options("masked", lhs, rhs, bias, preferred_element_type, activation, recipe, implementation)
-    return scaled_dot(options, lhs, rhs, bias, masked_m)
+    product = functools.partial(scaled_dot, options)
+    return run_automatic(product, lambda: (*entries_of(lhs)[:2], _column_entry(rhs)), lhs, rhs, bias, masked_m)
 
 
 def fp8_dot_general(
@@ -211,20 +219,25 @@ def fp8_dot_general(
         [array.shape[d] for d in dims]
         for array, dims in ((lhs, lhs_batch), (lhs, lhs_free), (lhs, lhs_contract), (rhs, rhs_free))
     )
-    lhs = lhs.transpose(*lhs_batch, *lhs_free, *lhs_contract)
-    rhs = rhs.transpose(*rhs_batch, *rhs_contract, *rhs_free)
     options = _options("dense", lhs, rhs, None, preferred_element_type, None, recipe, implementation)
 
     def product(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-        return scaled_dot(options, lhs, rhs, None, None)
+        multiply = functools.partial(scaled_dot, options, bias=None, sizes=None)
+        for _ in batch:
+            multiply = jax.vmap(multiply)
+        lhs = lhs.transpose(*lhs_batch, *lhs_free, *lhs_contract).reshape(*batch, math.prod(m), math.prod(k))
+        rhs = rhs.transpose(*rhs_batch, *rhs_contract, *rhs_free).reshape(*batch, math.prod(k), math.prod(n))
+        return multiply(lhs, rhs).reshape(*batch, *m, *n)
 
-    lhs, rhs = (
-        lhs.reshape(*batch, math.prod(m), math.prod(k)),
-        rhs.reshape(*batch, math.prod(k), math.prod(n)),
-    )
-    for _ in batch:
-        product = jax.vmap(product)
-    return product(lhs, rhs).reshape(*batch, *m, *n)
+    def out_entries() -> Any:
+        return *(entries_of(lhs)[d] for d in (*lhs_batch, *lhs_free)), *(entries_of(rhs)[d] for d in rhs_free)
+
+    return run_automatic(product, out_entries, lhs, rhs)
+
+
+def _column_entry(rhs: Any) -> Any:
+    """Says how the columns n of a right operand are explicitly split."""
+    return entries_of(rhs.stored_values)[-2] if isinstance(rhs, ScaledArray) else entries_of(rhs)[-1]
 
 
 def _check_dimensions(lhs_shape: Any, rhs_shape: Any, dimension_numbers: Any) -> Any:

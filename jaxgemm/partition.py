@@ -1,124 +1,47 @@
-"""How the primitives are split over a mesh: partitioning rules for the compiler's automatic SPMD partitioning.
+"""How the primitives run on a mesh: each device's share of the work, and the sums over the mesh.
 
-Every axis of every operand belongs to a *letter* of the product (m, n, k, g, ...) and covers it in single elements
-(values, bias, result) or in blocks of 128 (scales). A letter may be split over mesh axes if each device's share of it
-is whole: a multiple of 128 where blocks would be cut, of the stored rows' alignment elsewhere. A split that would cut
-a block is not taken; the compiler then gathers that letter first. Letters that a result lacks are summed: partial
-products in float32 are added over the mesh before bias and activation.
-
-| product | split over a mesh | gathered |
-|---|---|---|
-| dense | m (data parallel), n (columns), k (rows: partial sums) | |
-| masked | g (expert parallel), m never, n, k | m |
-| grouped | n, k | m and g: rows of a group may lie anywhere |
-| k_grouped | m, n | the contracted columns |
-| quantize | leading axes, rows, columns | an axis that shares one scale |
+The compiler's automatic SPMD partitioning asks, for each primitive, how to split it; `jaxgemm.split_rule` answers. A
+split that would cut a block of scales is not taken: the compiler then moves the operand. Where the contracted axis is
+split, float32 partial products are added over the mesh before bias and activation.
 """
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax._src.sharding_impls import parse_flatten_op_sharding  # NOTE: private; the public way refuses split axes
-from jax.experimental.custom_partitioning import (
-    ArrayMapping,
-    CompoundFactor,
-    SdyShardingRule,
-    custom_partitioning,
-)
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.experimental.xla_metadata import set_xla_metadata
+from jax.sharding import NamedSharding
 
-from jaxgemm import dispatch, reference
-from jaxgemm.layout import SCALE_BLOCK, VALUE_ROW_ALIGNMENT
+from jaxgemm import dispatch, layout, reference
 from jaxgemm.problem import GemmProblem, QuantizeProblem
-from jaxgemm.scaled_array import SQUARE_BLOCK, is_mn_major, transposed_block_shape
+from jaxgemm.split_rule import Axes, Split, SplitRule, gemm_rule, quantize_rule
 
-Dims = tuple[str, ...]
-"""Labels of an array's axes: a letter, with "/" behind it if the axis counts blocks of 128."""
-
-
-@dataclasses.dataclass(frozen=True)
-class SplitRule:
-    """How a primitive's arrays may be split.
-
-    Attributes:
-        operands: labels of each operand's axes.
-        results: labels of each result's axes.
-        units: for each letter that may be split, what each device's share must be a multiple of.
-        lengths: the (stored) length of each of these letters.
-    """
-
-    operands: tuple[Dims, ...]
-    results: tuple[Dims, ...]
-    units: dict[str, int]
-    lengths: dict[str, int]
-
-    @property
-    def summed(self) -> list[str]:
-        """Letters that may be split and that every result lacks."""
-        return [letter for letter in self.units if not any(letter in _letters(dims) for dims in self.results)]
-
-    def sharding_rule(self) -> SdyShardingRule:
-        """Returns the rule that propagates shardings through the primitive."""
-        blocked = {dim[:-1] for dims in (*self.operands, *self.results) for dim in dims if dim.endswith("/")}
-        unique: list[str] = []
-        sizes: dict[str, int] = {}
-
-        def factor(dim: str) -> Any:
-            letter = dim.removesuffix("/")
-            if letter not in self.units:  # an axis that stays whole has a factor of its own
-                unique.append(f"whole{len(unique)}")
-                return unique[-1]
-            if dim.endswith("/") or letter not in blocked:
-                return letter
-            sizes[f"{letter}block"] = SCALE_BLOCK
-            return CompoundFactor(letter, f"{letter}block")
-
-        operands, results = (
-            tuple(ArrayMapping(*map(factor, dims)) for dims in arrays) for arrays in (self.operands, self.results)
-        )
-        return SdyShardingRule(
-            operands,
-            results,
-            reduction_factors=tuple(self.summed),
-            need_replication_factors=tuple(unique),
-            **sizes,  # type: ignore[arg-type]  # its stub has no factor sizes
-        )
-
-    def choose(self, mesh: Any, operand_specs: Sequence[Any], result_specs: Sequence[Any]) -> dict[str, tuple]:
-        """Returns the mesh axes that each letter is split over: what the results want first, then the operands."""
-        chosen: dict[str, tuple] = {}
-        for arrays, specs in ((self.results, result_specs), (self.operands, operand_specs)):
-            for dims, spec in zip(arrays, specs, strict=True):
-                for dim, axes in zip(dims, spec, strict=False):
-                    letter = dim.removesuffix("/")
-                    axes = _as_tuple(axes)
-                    taken = {axis for others in chosen.values() for axis in others}
-                    if letter not in chosen and axes and not taken & set(axes) and self._is_whole(letter, mesh, axes):
-                        chosen[letter] = axes
-        return chosen
-
-    def specs(self, arrays: Sequence[Dims], chosen: dict[str, tuple]) -> list[PartitionSpec]:
-        """Returns how arrays of these labels are split."""
-        return [PartitionSpec(*(chosen.get(dim.removesuffix("/")) for dim in dims)) for dims in arrays]
-
-    def _is_whole(self, letter: str, mesh: Any, axes: tuple) -> bool:
-        shares = math.prod(mesh.shape[axis] for axis in axes)
-        return letter in self.units and self.lengths[letter] % (self.units[letter] * shares) == 0
+NO_MESH = jax.sharding.AbstractMesh((), ())
 
 
 def run_gemm(problem: GemmProblem, platform: str, implementation: str | None, *operands: Any) -> jax.Array:
     """`dispatch.run_gemm`, split over the mesh that the program is compiled for."""
-    return _partitioned(problem, platform, implementation, tuple(x.shape for x in operands))(*operands)
+    return _run(problem, platform, implementation, *operands)
 
 
 def run_quantize(problem: QuantizeProblem, platform: str, implementation: str | None, x: jax.Array) -> list[jax.Array]:
     """`dispatch.run_quantize`, split over the mesh that the program is compiled for."""
-    return _partitioned(problem, platform, implementation, (x.shape,))(x)
+    return _run(problem, platform, implementation, x)
+
+
+def _run(problem: Any, platform: str, implementation: str | None, *operands: Any) -> Any:
+    function = _partitioned(problem, platform, implementation, tuple(x.shape for x in operands))
+    # A program for several devices names what it calls by an address alone. This tells two of them apart, also to the
+    # persistent compilation cache, when that is told to leave addresses out of its keys.
+    described = f"{sys.modules[__package__].__version__} {problem} {implementation}"
+    with set_xla_metadata(jaxgemm=described):
+        return function(*operands)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -126,6 +49,7 @@ def _partitioned(problem: Any, platform: str, implementation: str | None, shapes
     """Returns the function that computes `problem`, with its rules attached."""
     is_gemm = isinstance(problem, GemmProblem)
     rule = gemm_rule(problem, shapes) if is_gemm else quantize_rule(problem, *shapes)
+    choose = rule.split_product if is_gemm else rule.split_pass
 
     def whole(*operands: Any) -> Any:
         run: Callable[..., Any] = dispatch.run_gemm if is_gemm else dispatch.run_quantize
@@ -133,13 +57,20 @@ def _partitioned(problem: Any, platform: str, implementation: str | None, shapes
 
     def partition(mesh: Any, operand_types: Any, result_types: Any) -> Any:
         results = jax.tree.leaves(result_types, is_leaf=lambda x: hasattr(x, "sharding"))
-        specs = [[_spec(x.sharding, mesh) for x in arrays] for arrays in (operand_types, results)]
-        chosen = rule.choose(mesh, *specs)
-        operand_shardings = [NamedSharding(mesh, spec) for spec in rule.specs(rule.operands, chosen)]
-        result_shardings = [NamedSharding(mesh, spec) for spec in rule.specs(rule.results, chosen)]
+        split = choose(mesh, *([_spec(x, mesh) for x in arrays] for arrays in (operand_types, results)))
+        specs = [split.operand_spec(dims) for dims in rule.operands]
+        if rule.epilogue:
+            specs[-rule.epilogue :] = [split.result_spec(dims) for dims in rule.operands[-rule.epilogue :]]
+        operand_shardings = tuple(NamedSharding(mesh, spec) for spec in specs)
+        result_shardings = [NamedSharding(mesh, split.result_spec(dims)) for dims in rule.results]
         local = local_gemm if is_gemm else local_quantize
-        share = functools.partial(local, problem, platform, implementation, mesh, rule, chosen)
-        return mesh, share, result_shardings[0] if is_gemm else result_shardings, tuple(operand_shardings)
+
+        def share(*operands: Any) -> Any:
+            # One device's arrays have no sharding, also where the whole program is traced in explicit mode.
+            with jax.sharding.use_abstract_mesh(NO_MESH):
+                return local(problem, platform, implementation, rule, split, *operands)
+
+        return mesh, share, result_shardings[0] if is_gemm else result_shardings, operand_shardings
 
     function = custom_partitioning(whole)
     function.def_partition(partition, decode_shardings=False, sharding_rule=rule.sharding_rule())
@@ -150,138 +81,125 @@ def local_gemm(
     problem: GemmProblem,
     platform: str,
     implementation: str | None,
-    mesh: Any,
     rule: SplitRule,
-    chosen: dict[str, tuple],
+    split: Split,
     *operands: Any,
 ) -> jax.Array:
     """One device's share of a product; partial sums over k are added over the mesh in float32."""
-    shares = {letter: math.prod(mesh.shape[axis] for axis in axes) for letter, axes in chosen.items()}
-    k = rule.lengths["k"] // shares["k"] if "k" in shares else problem.k
     share = dataclasses.replace(
         problem,
-        m=problem.m // shares.get("m", 1),
-        n=problem.n // shares.get("n", 1),
-        k=k,
-        num_groups=problem.num_groups // shares.get("g", 1),
+        m=problem.m // split.shares("m"),
+        n=problem.n // split.shares("n"),
+        k=rule.lengths["k"] // split.shares("k") if "k" in split.letters else problem.k,
+        num_groups=problem.num_groups // split.shares("g"),
     )
-    if "k" not in chosen:
-        return dispatch.run_gemm(share, platform, implementation, *operands)
-    partial = dataclasses.replace(share, has_bias=False, activation=None, out_dtype=np.dtype(np.float32))
-    rest = operands[5:] if problem.has_bias else operands[4:]
-    total = jax.lax.psum(dispatch.run_gemm(partial, platform, implementation, *operands[:4], *rest), chosen["k"])
-    return reference.finish_partial_sum(share, total, operands[4] if problem.has_bias else None, *rest)
+    parts, epilogue = operands[:4], list(operands[4:])
+    if problem.kind == "k_grouped":
+        epilogue[-1] = _local_segments(problem, epilogue[-1], share.k, split.letters.get("k", ()))
+    elif problem.kind != "dense":
+        epilogue[-1] = _local_rows(problem, epilogue[-1], problem.m, split.letters.get("m", ()))
+    if "k" not in split.letters:
+        return dispatch.run_gemm(share, platform, implementation, *parts, *epilogue)
+
+    partial = dataclasses.replace(
+        share, has_bias=False, accumulate=False, activation=None, out_dtype=np.dtype(np.float32)
+    )
+    sizes = epilogue.pop() if problem.kind != "dense" else None
+    total = dispatch.run_gemm(partial, platform, implementation, *parts, *([] if sizes is None else [sizes]))
+    total, share, sizes = _sum(share, split, total, sizes)
+    addend = epilogue.pop() if epilogue else None
+    if problem.kind == "k_grouped":
+        return (total if addend is None else total + addend).astype(problem.out_dtype)
+    return reference.finish_partial_sum(share, total, addend, sizes)
 
 
 def local_quantize(
     problem: QuantizeProblem,
     platform: str,
     implementation: str | None,
-    mesh: Any,
     rule: SplitRule,
-    chosen: dict[str, tuple],
+    split: Split,
     x: jax.Array,
 ) -> list[jax.Array]:
     """One device's share of a quantising pass; a column sum is added over the mesh."""
-    del mesh, rule
+    del rule
     outputs = dispatch.run_quantize(problem, platform, implementation, x)
-    if problem.column_sum and "r" in chosen:
-        outputs[-1] = jax.lax.psum(outputs[-1], chosen["r"])
+    if problem.column_sum and "r" in split.letters:
+        outputs[-1] = jax.lax.psum(outputs[-1], split.letters["r"])
     return outputs
 
 
-def gemm_rule(problem: GemmProblem, shapes: Sequence[tuple[int, ...]]) -> SplitRule:
-    """Returns how a product may be split. Rows that are stored padded stay whole."""
-    lead = {"dense": ("", ""), "grouped": ("", "g"), "masked": ("g", "g"), "k_grouped": ("", "")}[problem.kind]
-    lhs = _operand_dims(lead[0], "m", "k", problem.lhs_block_shape)
-    rhs = _operand_dims(lead[1], "n", "k", problem.rhs_block_shape)
-    result: Dims = ("m", "n") if problem.kind in ("dense", "grouped") else ("g", "m", "n")
-    operands = [*lhs, *rhs]
-    if problem.has_bias:
-        operands.append(("n",) if problem.kind == "dense" else ("g", "n"))
-    if problem.accumulate:
-        operands.append(result)
-    if problem.kind != "dense":
-        operands.append(("g",))
+def _sum(problem: GemmProblem, split: Split, partial: jax.Array, sizes: Any) -> tuple[jax.Array, GemmProblem, Any]:
+    """Adds partial products over the mesh, and leaves the sum split where the result shall be.
 
-    units = {}
-    if problem.kind in ("dense", "k_grouped"):
-        units["m"] = _row_unit(problem.lhs_block_shape)
-    units["n"] = _row_unit(problem.rhs_block_shape)
+    Returns:
+        The sum, and problem and sizes of the part of it that this device has.
+    """
+    if not split.scattered:
+        return jax.lax.psum(partial, split.letters["k"]), problem, sizes
+    ((letter, axes),) = split.scattered.items()
+    dimension = partial.ndim - (2 if letter == "m" else 1)
+    total = jax.lax.psum_scatter(partial, axes, scatter_dimension=dimension, tiled=True)
+    if letter == "m" and problem.kind in ("grouped", "masked"):
+        sizes = _local_rows(problem, sizes, problem.m, axes)
+    return total, dataclasses.replace(problem, **{letter: total.shape[dimension]}), sizes
+
+
+def _local_rows(problem: GemmProblem, sizes: jax.Array, rows: int, axes: Axes) -> jax.Array:
+    """Returns the sizes that groups have in this device's part of `rows` rows, which are split over `axes`."""
+    if not axes:
+        return sizes
+    local_rows = rows // jax.lax.axis_size(axes)
+    start = jax.lax.axis_index(axes) * local_rows
     if problem.kind == "masked":
-        units["g"] = 1
-    blocks_of_128 = problem.lhs_block_shape[1] == problem.rhs_block_shape[1] == SCALE_BLOCK
-    if problem.kind != "k_grouped" and blocks_of_128:
-        units["k"] = SCALE_BLOCK
-    lengths = {"m": problem.m, "n": problem.n, "k": shapes[0][-1], "g": problem.num_groups}
-    return _split_rule(operands, [result], units, lengths)
+        return jnp.clip(jnp.clip(sizes, 0, rows).astype(jnp.int32) - start, 0, local_rows)
+    return jnp.diff(jnp.clip(layout.group_offsets(sizes, rows) - start, 0, local_rows))
 
 
-def quantize_rule(problem: QuantizeProblem, shape: tuple[int, ...]) -> SplitRule:
-    """Returns how a quantising pass over an array of this shape may be split."""
-    rows, cols = shape[-2:]
-    lead = tuple(f"l{i}" for i in range(len(shape) - 2))
-    results: list[Dims] = []
-    if problem.natural:
-        results += _operand_dims(lead, "r", "c", problem.block_shape)
-    if problem.transposed:
-        results += _operand_dims(lead, "c", "r", transposed_block_shape(problem.block_shape, rows, cols))
-    if problem.column_sum:
-        results.append((*lead, "c"))
-    whole_scales = problem.block_shape[1] != SCALE_BLOCK
-    scaled_rows = problem.transposed or problem.block_shape[0] > 1
-    scaled_cols = problem.natural or problem.block_shape[0] > 1
-    units = dict.fromkeys(lead, 1)
-    if not (whole_scales and scaled_rows):
-        units["r"] = SCALE_BLOCK if scaled_rows else VALUE_ROW_ALIGNMENT
-    if not whole_scales:
-        units["c"] = SCALE_BLOCK if scaled_cols else VALUE_ROW_ALIGNMENT
-    lengths = {**dict(zip(lead, shape, strict=False)), "r": rows, "c": cols}
-    return _split_rule([(*lead, "r", "c")], results, units, lengths)
+def _local_segments(problem: GemmProblem, sizes: jax.Array, local_k: int, axes: Axes) -> jax.Array:
+    """Returns how many valid columns of each group are among this device's `local_k`.
+
+    Segments and shares both start at multiples of the alignment, so the part of a segment that a device has is laid
+    out there as a segment of its own.
+    """
+    if not axes:
+        return sizes
+    sizes = layout.clip_aligned_sizes(sizes, problem.k, problem.segment_alignment)
+    starts = layout.aligned_group_offsets(sizes, problem.segment_alignment)[:-1] - jax.lax.axis_index(axes) * local_k
+    return jnp.clip(starts + sizes, 0, local_k) - jnp.clip(starts, 0, local_k)
 
 
-def _split_rule(
-    operands: Sequence[Dims], results: Sequence[Dims], units: dict[str, int], lengths: dict[str, int]
-) -> SplitRule:
-    """Drops the letters that no mesh could split: padded ones, and those of a single unit."""
-    units = {a: unit for a, unit in units.items() if unit and lengths[a] % unit == 0 and lengths[a] > unit}
-    return SplitRule(tuple(operands), tuple(results), units, {letter: lengths[letter] for letter in units})
+def _spec(array: Any, mesh: Any) -> list[Axes]:
+    """Returns over which mesh axes the compiler has split each axis of an array, as far as names can say it.
 
-
-def _operand_dims(lead: Sequence[str], rows: str, cols: str, block_shape: tuple[int, int]) -> list[Dims]:
-    """Returns the labels of the stored values and scales of a quantised array."""
-    lead = tuple(lead)
-    col_blocks = f"{cols}/" if block_shape[1] == SCALE_BLOCK else "one"
-    if is_mn_major(block_shape):
-        return [(*lead, rows, cols), (*lead, col_blocks, rows)]
-    row_blocks = f"{rows}/" if block_shape[0] == SCALE_BLOCK else "one"
-    return [(*lead, rows, cols), (*lead, row_blocks, col_blocks)]
-
-
-def _row_unit(block_shape: tuple[int, int]) -> int:
-    """Returns what shares of an operand's rows must be a multiple of; 0 if its rows cannot be split."""
-    if block_shape == SQUARE_BLOCK:
-        return SCALE_BLOCK
-    return VALUE_ROW_ALIGNMENT if is_mn_major(block_shape) else 0
-
-
-def _spec(sharding: Any, mesh: Any) -> Any:
-    """Returns how the compiler has split an array, in names of mesh axes; nothing if it split a mesh axis itself.
-
-    The compiler may use a part of a mesh axis, where a letter has fewer units than the axis has devices. No name says
-    that, so such an array is gathered.
+    The compiler may use a part of a mesh axis, where a letter has fewer blocks than the axis has devices, or split
+    unevenly. No name says that: such an axis counts as whole, and what is left of it is gathered.
     """
     try:
-        return parse_flatten_op_sharding(sharding._to_xla_hlo_sharding(0), mesh)[0]
-    except ValueError:
-        return ()
+        places = array.sharding.devices_indices_map(array.shape)
+    except ValueError:  # an uneven split
+        return [()] * len(array.shape)
+    return [
+        _split_axes(np.vectorize(lambda device, i=i: places[device][i].start or 0, otypes=[int])(mesh.devices), mesh)
+        for i in range(len(array.shape))
+    ]
 
 
-def _letters(dims: Dims) -> set[str]:
-    return {dim.removesuffix("/") for dim in dims}
-
-
-def _as_tuple(axes: Any) -> tuple:
-    if axes is None:
-        return ()
-    return axes if isinstance(axes, tuple) else (axes,)
+def _split_axes(starts: np.ndarray, mesh: Any) -> Axes:
+    """Returns the mesh axes, major ones first, that explain where each device's share of an array axis starts."""
+    strides = {}
+    for dimension, name in enumerate(mesh.axis_names):
+        step = np.diff(starts, axis=dimension)
+        if step.any():
+            strides[name] = step.flat[0]
+    axes = tuple(sorted(strides, key=lambda name: strides[name], reverse=True))
+    share = min(strides.values(), default=0)
+    expected = np.zeros_like(starts)
+    for name in reversed(axes):
+        if strides[name] != share:
+            return ()
+        position = np.arange(mesh.shape[name]) * share
+        dimension = mesh.axis_names.index(name)
+        expected = expected + np.expand_dims(position, [d for d in range(starts.ndim) if d != dimension])
+        share *= mesh.shape[name]
+    return axes if np.array_equal(starts, expected) else ()

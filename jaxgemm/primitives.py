@@ -16,10 +16,12 @@ from jax._src import dispatch as jax_dispatch
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from jaxgemm import layout, partition
+from jaxgemm import dispatch, layout, partition
+from jaxgemm.explicit_axes import entries_by_label, run_automatic
 from jaxgemm.manual_axes import match_varying, result_type
 from jaxgemm.problem import GemmProblem, QuantizeProblem
 from jaxgemm.scaled_array import stored_scales_shape, stored_values_shape, transposed_block_shape
+from jaxgemm.split_rule import gemm_rule, quantize_rule
 
 fp8_gemm_p = Primitive("fp8_gemm")
 fp8_grouped_gemm_p = Primitive("fp8_grouped_gemm")
@@ -39,12 +41,30 @@ GEMM_PRIMITIVES = {
 def bind_gemm(problem: GemmProblem, implementation: str | None, *operands: Any) -> jax.Array:
     """Binds the primitive of `problem.kind`; `operands` as in `dispatch.run_gemm`."""
     matched = match_varying(operands)
-    return GEMM_PRIMITIVES[problem.kind].bind(*matched, problem=problem, implementation=implementation)
+    rule = gemm_rule(problem, [x.shape for x in operands])
+
+    def bind(*operands: Any) -> jax.Array:
+        return GEMM_PRIMITIVES[problem.kind].bind(*operands, problem=problem, implementation=implementation)
+
+    def out_entries() -> Any:
+        by_label = entries_by_label(operands, rule.operands)
+        return tuple(by_label.get(label) for label in rule.results[0])
+
+    return run_automatic(bind, out_entries, *matched)
 
 
 def bind_quantize(x: jax.Array, problem: QuantizeProblem, implementation: str | None) -> list[jax.Array]:
     """Binds `fp8_quantize`; results as in `reference.quantize`."""
-    return fp8_quantize_p.bind(x, problem=problem, implementation=implementation)
+    rule = quantize_rule(problem, x.shape)
+
+    def bind(x: jax.Array) -> list[jax.Array]:
+        return fp8_quantize_p.bind(x, problem=problem, implementation=implementation)
+
+    def out_entries() -> Any:
+        by_label = entries_by_label([x], rule.operands)
+        return [tuple(by_label.get(label.removesuffix("/")) for label in labels) for labels in rule.results]
+
+    return run_automatic(bind, out_entries, x)
 
 
 # Abstract evaluation: shapes and dtypes of the results.
@@ -178,10 +198,20 @@ def _register(primitive: Primitive, abstract: Any, batch: Any, run: Any, advice:
     # custom_partitioning function must, which this lowering has inside.
     jax_dispatch.prim_requires_devices_during_lowering.add(primitive)
     for platform in (None, "cpu", "cuda"):
-        lowered = mlir.lower_fun(
-            functools.partial(run, platform or "default"), multiple_results=primitive.multiple_results
-        )
-        mlir.register_lowering(primitive, lowered, platform=platform)
+        mlir.register_lowering(primitive, functools.partial(_lower, primitive, run, platform), platform=platform)
+
+
+def _lower(primitive: Primitive, run: Any, platform: str | None, ctx: Any, *operands: Any, **params: Any) -> Any:
+    """Lowers to a function that the compiler may split over several devices; inside `shard_map`, to that of one.
+
+    Where `shard_map` is manual over some mesh axes only, splitting over the others is left to the compiler alone: it
+    knows how to split the plain operations, and gathers the operands of a kernel.
+    """
+    context = ctx.module_context.axis_context
+    manual = bool(getattr(context, "manual_axes", ()))
+    several = getattr(context, "num_devices", 1) > 1 and getattr(context, "device_assignment", None) is not None
+    local = functools.partial(run, partition if several and not manual else dispatch, platform or "default")
+    return mlir.lower_fun(local, multiple_results=primitive.multiple_results)(ctx, *operands, **params)
 
 
 def _run_compiled(primitive: Primitive, *operands: Any, **params: Any) -> Any:
@@ -194,12 +224,16 @@ def _compiled(primitive: Primitive, params: tuple[tuple[str, Any], ...]) -> Any:
     return jax.jit(functools.partial(primitive.bind, **dict(params)))
 
 
-def _run_gemm(platform: str, *operands: Any, problem: GemmProblem, implementation: str | None) -> jax.Array:
-    return partition.run_gemm(problem, platform, implementation, *operands)
+def _run_gemm(
+    runner: Any, platform: str, *operands: Any, problem: GemmProblem, implementation: str | None
+) -> jax.Array:
+    return runner.run_gemm(problem, platform, implementation, *operands)
 
 
-def _run_quantize(platform: str, x: Any, *, problem: QuantizeProblem, implementation: str | None) -> list[jax.Array]:
-    return partition.run_quantize(problem, platform, implementation, x)
+def _run_quantize(
+    runner: Any, platform: str, x: Any, *, problem: QuantizeProblem, implementation: str | None
+) -> list[jax.Array]:
+    return runner.run_quantize(problem, platform, implementation, x)
 
 
 _GEMM_ADVICE = "Differentiate jaxgemm.fp8_dot, grouped_fp8_dot or masked_grouped_fp8_dot of the originals instead."

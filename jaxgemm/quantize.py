@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgemm import layout, reference
+from jaxgemm.explicit_axes import entries_of, run_automatic
 from jaxgemm.primitives import bind_quantize
 from jaxgemm.problem import (
     QuantizeProblem,
@@ -183,8 +184,12 @@ def quantize_grouped(
     check_sizes("group_sizes", group_sizes, None)
     rows = x.shape[0]
     capacity = layout.aligned_capacity(rows, group_sizes.shape[0])
-    source, _, valid = layout.aligned_source_rows(layout.group_offsets(group_sizes, rows), capacity)
-    segments = jnp.where(valid[:, None], x[source], jnp.zeros((), x.dtype)) if rows else x
+
+    def to_segments(x: jax.Array, group_sizes: jax.Array) -> jax.Array:
+        source, _, valid = layout.aligned_source_rows(layout.group_offsets(group_sizes, rows), capacity)
+        return jnp.where(valid[:, None], x[source], jnp.zeros((), x.dtype)) if rows else x
+
+    segments = run_automatic(to_segments, lambda: (None, entries_of(x)[1]), x, group_sizes)
     q = quantize_transposed(segments, dtype=dtype, power_of_two=power_of_two, implementation=implementation)
     return ScaledArray(q.stored_values, q.stored_scales, q.rows, q.cols, q.block_shape, layout.SCALE_BLOCK)
 
@@ -209,7 +214,11 @@ def dequantize(q: ScaledArray, dtype: Any = jnp.float32) -> jax.Array:
     if not isinstance(q, ScaledArray):
         raise TypeError(f"q must be a ScaledArray, got {type(q).__name__}")
     dtype = check_float_dtype("dtype", dtype)
-    return reference.dequantize(q.stored_values, q.stored_scales, q.rows, q.cols, q.block_shape).astype(dtype)
+
+    def product(values: jax.Array, scales: jax.Array) -> jax.Array:
+        return reference.dequantize(values, scales, q.rows, q.cols, q.block_shape).astype(dtype)
+
+    return run_automatic(product, lambda: entries_of(q.stored_values), q.stored_values, q.stored_scales)
 
 
 def check_fp8_dtype(name: str, dtype: Any) -> np.dtype:

@@ -16,12 +16,12 @@ LEVELS = [
     {"jaxgemm.gemm", "jaxgemm.quantize"},
     {"jaxgemm.primitives"},
     {"jaxgemm.partition"},
-    {"jaxgemm.dispatch"},
+    {"jaxgemm.dispatch", "jaxgemm.split_rule"},
     {"jaxgemm.kernels"},
     {"jaxgemm.reference", "jaxgemm.tuning"},
     {"jaxgemm.problem"},
     {"jaxgemm.scaled_array"},
-    {"jaxgemm.layout", "jaxgemm.manual_axes", "jaxgemm.numerics"},
+    {"jaxgemm.layout", "jaxgemm.manual_axes", "jaxgemm.explicit_axes", "jaxgemm.numerics"},
 ]
 WITHIN = [
     ("jaxgemm.dot", "jaxgemm.dot_vjp"),
