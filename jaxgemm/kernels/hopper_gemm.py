@@ -29,7 +29,6 @@ from jaxgemm.kernels.mainloop import (
     OperandRefs,
     compute_tile,
     drain,
-    flat_block_scales,
     keep_block_scales,
     load_block_scales,
     load_tile,
@@ -230,7 +229,7 @@ def hopper_gemm(
         ),
     )
     lhs_scales, rhs_scales = (
-        scales if operand.scale_per_row else flat_block_scales(operand, scales)
+        scales if operand.scale_per_row else scales.reshape(-1)
         for operand, scales in ((plan.lhs, lhs_scales), (plan.rhs, rhs_scales))
     )
     operands = (lhs_values, lhs_scales, rhs_values, rhs_scales) + ((bias,) if problem.has_bias else ())

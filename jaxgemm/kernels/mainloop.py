@@ -61,6 +61,11 @@ class Operand:
         return align_up(self.k_tiles, 128)
 
     @property
+    def keeps_block_scales(self) -> bool:
+        """Whether 128x128 scales are loaded a row at a time: if there are that many; else one by one, as needed."""
+        return not self.scale_per_row and self.num_scale_blocks * self.k_tiles >= self.scale_row
+
+    @property
     def num_copies(self) -> int:
         """TMA copies that bring one k tile of it."""
         return 1 + self.scale_per_row
@@ -92,12 +97,6 @@ def operand_buffers(operand: Operand, stages: int, num_warpgroups: int) -> tuple
     return values, plgpu.SMEM((stages, operand.slab) if operand.scale_per_row else blocks, jnp.float32)
 
 
-def flat_block_scales(operand: Operand, scales: jax.Array) -> jax.Array:
-    """Stored 128x128 scales as one axis, long enough that a warpgroup can load any `scale_row` of them unmasked."""
-    flat = scales.reshape(-1)
-    return flat if flat.size >= operand.scale_row else jnp.pad(flat, (0, operand.scale_row - flat.size))
-
-
 class BlockScales(NamedTuple):
     """128x128 scales of a tile: for each block that it touches, a row of them, and where k tile 0 lies in it."""
 
@@ -106,9 +105,9 @@ class BlockScales(NamedTuple):
 
 
 def load_block_scales(side: tuple[Operand, OperandRefs], start: jax.Array) -> BlockScales | None:
-    """Begins to load a tile's 128x128 scales into registers; None if the operand has none."""
+    """Begins to load a tile's 128x128 scales into registers; None if there are none to keep."""
     operand, refs = side
-    if operand.scale_per_row:
+    if not operand.keeps_block_scales:
         return None
     layout = plgpu.Layout.WG_STRIDED((operand.scale_row,), vec_size=1)
     last = refs.scales_gmem.shape[0] - operand.scale_row
@@ -302,13 +301,15 @@ def _load_scales(side: tuple[Operand, OperandRefs], place: ScalePlace, shifts, t
     if operand.scale_per_row:
         layout = ACCUMULATOR_LAYOUT.reduce(1 - axis)
         return load(refs.scales_smem.at[place.slot, pl.ds(offset, length)], layout=layout)
+    first_block, block = (lax.div(row, SCALE_BLOCK_ROWS) for row in (tile_start, tile_start + offset))
+    if not operand.keeps_block_scales:
+        return refs.scales_gmem[lax.min(block, operand.num_scale_blocks - 1) * operand.k_tiles + place.k_index]
     if operand.blocks_per_tile == 1:
         return refs.scales_smem[place.warpgroup, 0, shifts[0] + place.k_index]
-    block = lax.div(tile_start + offset, SCALE_BLOCK_ROWS) - lax.div(tile_start, SCALE_BLOCK_ROWS)
     shift = shifts[0]
     for i in range(1, len(shifts)):
-        shift = lax.select(block == i, shifts[i], shift)
-    return refs.scales_smem[place.warpgroup, block, shift + place.k_index]
+        shift = lax.select(block - first_block == i, shifts[i], shift)
+    return refs.scales_smem[place.warpgroup, block - first_block, shift + place.k_index]
 
 
 def _scale(partial: jax.Array, row_scale: jax.Array, column_scale: jax.Array) -> jax.Array:

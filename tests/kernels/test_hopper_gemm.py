@@ -97,6 +97,7 @@ CASES = {
     "weights on the left": (problem(130, 70, 200, lhs=SQUARE, rhs=ROW), SMALL),
     "square blocks": (problem(130, 130, 300, lhs=SQUARE, out=F32), SMALL),
     "late scales": (problem(70, 200, 300, rhs=ROW, out=F32), GemmConfig(128, 192, 2)),
+    "kept block scales": (problem(8, 300, 5504, out=F32), GemmConfig(64, 192, 2, 1)),
     "more stages than k tiles": (problem(70, 70, 200), GemmConfig(64, 64, 6, 1)),
     "tiles in turn": (problem(140, 260, 200, bias=True), GemmConfig(64, 64, 2, 1, band=2, band_along_n=True)),
 }
