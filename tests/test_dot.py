@@ -40,17 +40,16 @@ def quantised_gradients(x, w, dout, recipe=DEEPSEEK):
     return dout_n @ w_k.T, x_t @ dout_t.T, np.asarray(dout, np.float64).sum(0)
 
 
-@pytest.mark.parametrize("m, n, k", SHAPES)
 @pytest.mark.parametrize(
-    "recipe",
-    [
-        DEEPSEEK,
-        Recipe(power_of_two=True, dout_dtype=E5M2),
-        Recipe(wgrad_dtype="bf16"),
-        Recipe(rhs_block_shape=ROW, dout_block_shape=SQUARE, lhs_block_shape=SQUARE),
+    "recipe, m, n, k",
+    [(DEEPSEEK, *shape) for shape in SHAPES]
+    + [
+        (Recipe(power_of_two=True, dout_dtype=E5M2), 130, 40, 576),
+        (Recipe(wgrad_dtype="bf16"), 33, 200, 200),
+        (Recipe(rhs_block_shape=ROW, dout_block_shape=SQUARE, lhs_block_shape=SQUARE), 200, 130, 130),
     ],
 )
-def test_forward_and_gradients_are_the_quantised_maths(m, n, k, recipe, implementation):
+def test_forward_and_gradients_are_the_quantised_maths(recipe, m, n, k, implementation):
     """Also for k == n, where a wrong transpose has the right shape."""
     x, w, bias, dout = random(0, m, k), random(1, k, n), random(2, n), random(3, m, n)
     function = functools.partial(jaxgemm.fp8_dot, recipe=recipe, implementation=implementation)
@@ -92,7 +91,7 @@ def test_dtypes_follow_the_inputs(dtype, w_dtype):
     assert difference(out, np.asarray(x, np.float64) @ np.asarray(w, np.float64) + np.asarray(bias)) < 2 * LOOSE
 
 
-@settings(deadline=None, max_examples=8)
+@settings(deadline=None, max_examples=4)
 @given(lead=st.lists(st.integers(0, 4), max_size=3), n=st.integers(1, 140), k=st.integers(1, 200))
 def test_any_leading_axes(lead, n, k):
     x, w, bias = random(0, *lead, k), random(1, k, n), random(2, n)
@@ -146,8 +145,7 @@ def per_group(function, x, w, bias, dout, slices):
 
 
 @pytest.mark.parametrize("sizes", [[20, 30, 1, 39], [0, 0, 90, 0], [7, 0, 20, 13], [0, 0, 0, 0], [-3, 50, 100, 4]])
-@pytest.mark.parametrize("activation", [None, "silu"])
-@pytest.mark.parametrize("wgrad_dtype", ["fp8", "bf16"])
+@pytest.mark.parametrize("activation, wgrad_dtype", [(None, "fp8"), ("silu", "bf16")])
 def test_grouped_equals_a_dense_layer_per_group(sizes, activation, wgrad_dtype):
     """And rows past the last group, which hold NaN here, give and get zeros."""
     recipe = Recipe(wgrad_dtype=wgrad_dtype)
@@ -169,8 +167,7 @@ def test_grouped_equals_a_dense_layer_per_group(sizes, activation, wgrad_dtype):
 
 
 @pytest.mark.parametrize("counts", [[17] * 4, [0, 1, 17, 8], [-5, 100, 2, 0]])
-@pytest.mark.parametrize("activation", [None, "gelu"])
-@pytest.mark.parametrize("wgrad_dtype", ["fp8", "bf16"])
+@pytest.mark.parametrize("activation, wgrad_dtype", [(None, "bf16"), ("gelu", "fp8")])
 def test_masked_equals_a_dense_layer_per_group(counts, activation, wgrad_dtype):
     keywords = {"activation": activation, "recipe": Recipe(wgrad_dtype=wgrad_dtype)}
     x, w, bias, dout = (
@@ -218,10 +215,13 @@ def test_dot_general_takes_what_lax_takes(lhs_shape, rhs_shape, numbers):
     recipe = Recipe(power_of_two=True)
     fp8 = functools.partial(jaxgemm.fp8_dot_general, dimension_numbers=numbers, recipe=recipe)
     lax = functools.partial(jax.lax.dot_general, dimension_numbers=numbers, precision="highest")
-    out, expected = jax.jit(fp8)(lhs, rhs), lax(lhs, rhs)
-    np.testing.assert_array_equal(out, expected)
-    dout = jnp.round(random(2, *expected.shape)).clip(-7, 7)
-    for got, want in zip(jax.vjp(fp8, lhs, rhs)[1](dout), jax.vjp(lax, lhs, rhs)[1](dout), strict=True):
+    dout = jnp.round(random(2, *jax.eval_shape(lax, lhs, rhs).shape)).clip(-7, 7)
+
+    def run(function):
+        out, pull_back = jax.vjp(function, lhs, rhs)
+        return out, *pull_back(dout)
+
+    for got, want in zip(jax.jit(lambda: run(fp8))(), jax.jit(lambda: run(lax))(), strict=True):
         np.testing.assert_array_equal(got, want)
 
 

@@ -36,7 +36,7 @@ def test_any_shape(m, n, k, rhs_block, implementation):
     assert_close(out, oracle(lhs, rhs))
 
 
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=5)
 @given(m=st.integers(1, 300), n=st.integers(1, 300), k=st.integers(1, 400), seed=st.integers(0, 9))
 def test_any_shape_at_random(m, n, k, seed):
     for implementation in available_implementations():
