@@ -204,13 +204,15 @@ def _register(primitive: Primitive, abstract: Any, batch: Any, run: Any, advice:
 def _lower(primitive: Primitive, run: Any, platform: str | None, ctx: Any, *operands: Any, **params: Any) -> Any:
     """Lowers to a function that the compiler may split over several devices; inside `shard_map`, to that of one.
 
-    Where `shard_map` is manual over some mesh axes only, splitting over the others is left to the compiler alone: it
-    knows how to split the plain operations, and gathers the operands of a kernel.
+    The compiler asks this process how to split, so an exported program, which outlives it, gets that of one device
+    too, as does a `shard_map` that is manual over some mesh axes only. Splitting is left to the compiler alone there:
+    it knows how to split the plain operations, and gathers the operands of a kernel.
     """
-    context = ctx.module_context.axis_context
-    manual = bool(getattr(context, "manual_axes", ()))
-    several = getattr(context, "num_devices", 1) > 1 and getattr(context, "device_assignment", None) is not None
-    local = functools.partial(run, partition if several and not manual else dispatch, platform or "default")
+    module = ctx.module_context  # NOTE: its attributes are not documented; what may be missing counts as one device
+    context = module.axis_context
+    is_local = getattr(context, "manual_axes", ()) or getattr(context, "num_devices", 1) == 1
+    exported = getattr(getattr(module, "lowering_parameters", None), "for_export", False)
+    local = functools.partial(run, dispatch if is_local or exported else partition, platform or "default")
     return mlir.lower_fun(local, multiple_results=primitive.multiple_results)(ctx, *operands, **params)
 
 

@@ -136,6 +136,37 @@ def test_disable_jit_and_debug_nans():
         assert_close(jaxgemm.gemm(lhs, rhs, **f32), oracle(lhs, rhs))
 
 
+def test_debug_nans_sees_none_but_the_callers_own():
+    """Padding, masked rows and zero blocks make no NaN on the way; a NaN of the caller is found."""
+    x, w = random(0, 2, M, K).at[0].set(0), random(1, 2, K, N)
+
+    def loss(x, w):
+        return (jaxgemm.masked_grouped_fp8_dot(x, w, jnp.array([0, 5]), activation="silu") ** 2).sum()
+
+    with jax.debug_nans(True):
+        jax.tree.map(lambda g: g.block_until_ready(), jax.jit(jax.grad(loss, (0, 1)))(x, w))
+        with pytest.raises(FloatingPointError):
+            jaxgemm.fp8_dot(x[1].at[0, 0].set(jnp.nan), w[0]).block_until_ready()
+
+
+def test_disable_jit_of_gradients():
+    x, w = random(0, M, K), random(1, K, N)
+    gradient = jax.grad(lambda x, w: (jaxgemm.fp8_dot(x, w, activation="gelu") ** 2).sum(), (0, 1))
+    expected = gradient(x, w)
+    with jax.disable_jit():
+        for a, b in zip(gradient(x, w), expected, strict=True):
+            assert_close(a, b, 1e-9)
+
+
+def test_nested_vmap_of_gradients_over_different_operands():
+    x, w, bias = random(0, 2, M, K), random(1, 3, K, N), random(2, N)
+    gradient = jax.grad(lambda x, w, b: (jaxgemm.fp8_dot(x, w, b) ** 2).sum(), (0, 1, 2))
+    nested = jax.vmap(jax.vmap(gradient, (None, 0, None)), (0, None, None))(x, w, bias)
+    for i, j in itertools.product(range(2), range(3)):
+        for a, b in zip(jax.tree.map(lambda g, i=i, j=j: g[i, j], nested), gradient(x[i], w[j], bias), strict=True):
+            assert_close(np.atleast_1d(a), np.atleast_1d(b), 1e-9)
+
+
 def test_x64_mode():
     with jax.enable_x64(True):
         lhs, rhs = operands(M, N, K, groups=(2,))
