@@ -11,6 +11,13 @@ import pytest
 from support import available_implementations
 
 
+# Most of the time goes into compiling small programs for the CPU; what XLA's optimizer would change is not the subject
+# here, and where it is (fast-math flags), a test starts a process of its own without this. Other processes inherit it.
+if jax.default_backend() == "cpu":
+    jax.config.update("jax_disable_most_optimizations", True)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+
+
 @pytest.fixture(autouse=True)
 def strict_dtype_promotion():
     """No test may pass by an accidental promotion: mixed dtypes must be cast on purpose."""
