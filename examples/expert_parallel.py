@@ -132,7 +132,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     expert_of = jax.random.randint(keys[2], (arguments.tokens,), 0, arguments.experts)
     experts, x, expert_of = jax.device_put((experts, x, expert_of), split)
 
-    layer = jax.jit(lambda *args: expert_parallel_layer(mesh, *args, capacity=arguments.capacity))
+    @jax.jit
+    def layer(experts: Experts, x: jax.Array, expert_of: jax.Array) -> jax.Array:
+        return expert_parallel_layer(mesh, experts, x, expert_of, arguments.capacity)
+
     y = layer(experts, x, expert_of)
     slots = arguments.experts * arguments.capacity
     sent = slots * (arguments.d_model + 4 * -(-arguments.d_model // 128))

@@ -6,6 +6,11 @@ download. Both runs start from the same parameters and see the same batches.
     python examples/train_lm.py                        # minutes on two CPU cores
     python examples/train_lm.py --preset 100m          # about 100 M parameters: for a GPU
     python examples/train_lm.py --resume               # goes on where a killed run stopped, to the same bits
+    python examples/train_lm.py --mesh fsdp=2,tp=4     # on eight devices
+
+Several hosts: start this once on each, with the same flags and --coordinator HOST:PORT, --num-processes and
+--process-id (--coordinator auto alone where a cluster's launcher tells, as Slurm's does), and --out on a file system
+that all of them see. Checkpoints do not depend on the mesh: --resume goes on with another one.
 
 Prints the final losses and their relative gap, and leaves `loss.png` and `metrics.json` in --out. Without
 --resume, what an earlier run left in --out is replaced.
@@ -22,6 +27,7 @@ from typing import Any
 
 import jax
 from lm import report
+from lm.placement import make_mesh, parse_mesh
 from lm.text import load_standard_library
 from lm.training import Settings, train
 
@@ -47,8 +53,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/train_lm"))
     parser.add_argument("--checkpoint-every", type=int, default=100, metavar="STEPS")
     parser.add_argument("--evaluate-every", type=int, metavar="STEPS", help="default: a fifth of all steps")
+    parser.add_argument("--mesh", type=parse_mesh, default="fsdp=1", help="devices, such as fsdp=2,tp=4; default: one")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of several processes: where process 0 listens")
+    parser.add_argument("--num-processes", type=int)
+    parser.add_argument("--process-id", type=int)
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.coordinator is None and (arguments.num_processes, arguments.process_id) != (None, None):
+        parser.error("--num-processes and --process-id need --coordinator")
+    return arguments
 
 
 def make_settings(arguments: argparse.Namespace) -> Settings:
@@ -80,20 +93,36 @@ def open_directory(directory: Path, settings: Settings, resume: bool) -> None:
     path.write_text(json.dumps(asdict(settings), indent=1) + "\n")
 
 
+def join_processes(arguments: argparse.Namespace) -> None:
+    """Joins the other processes of a run on several hosts."""
+    if arguments.coordinator == "auto":
+        jax.distributed.initialize()
+    elif arguments.coordinator is not None:
+        jax.distributed.initialize(arguments.coordinator, arguments.num_processes, arguments.process_id)
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Trains, prints, writes; returns what metrics.json has."""
     arguments = parse_arguments(argv)
+    join_processes(arguments)
     settings = make_settings(arguments)
-    open_directory(arguments.out, settings, arguments.resume)
+    try:
+        mesh = make_mesh(arguments.mesh)
+    except ValueError as error:
+        sys.exit(f"--mesh: {error}")
+    if jax.process_index() == 0:
+        open_directory(arguments.out, settings, arguments.resume)
     texts = load_standard_library()
 
     runs = []
     for name in (SHORT_NAMES[settings.dtype], "fp8"):
         if arguments.only in (None, name):
             directory = arguments.out / f"checkpoints_{name}"
-            runs.append(train(name, settings, texts, directory, fp8=name == "fp8", resume=arguments.resume))
+            runs.append(train(name, settings, texts, directory, mesh, fp8=name == "fp8", resume=arguments.resume))
 
     metrics = report.collect(settings, texts, runs)
+    if jax.process_index() > 0:
+        return metrics
     report.write_metrics(metrics, arguments.out / "metrics.json")
     report.plot(metrics, arguments.out / "loss.png")
     report.print_table(metrics)

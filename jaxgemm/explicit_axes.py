@@ -31,7 +31,7 @@ def run_automatic(function: Callable[..., Any], out_entries: Callable[[], Any], 
     entries = out_entries()
     entries = entries if isinstance(entries, list) else [entries]
     shardings = [NamedSharding(mesh, _spec(mesh, x.shape, e)) for x, e in zip(out_types, entries, strict=True)]
-    return jax.sharding.auto_axes(function, out_sharding=tree.unflatten(shardings))(*args)
+    return jax.sharding.auto_axes(function, out_sharding=jax.tree.unflatten(tree, shardings))(*args)
 
 
 def entries_of(x: Any) -> tuple[Entry, ...]:

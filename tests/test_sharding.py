@@ -90,6 +90,17 @@ def test_dense(strategy, tmp_path):
         assert ("reduce-scatter", "f32") in large
 
 
+def test_sum_is_scattered_to_a_result_that_is_split_over_its_mesh_axis(tmp_path):
+    """Sequence parallelism: rows of the result over the axis that k was split over; bias and activation after it."""
+    args = random(0, M, K), random(1, K, N), random(2, N)
+    placed = jax.device_put(args, tuple(shardings((2, 4), (P(None, "b"), P("b"), P()))))
+    dot = functools.partial(jaxgemm.fp8_dot, activation="gelu")
+    lowered = jax.jit(dot, out_shardings=shardings((2, 4), P("b"))).lower(*placed)
+    compiled, moved = collectives(lowered, tmp_path)
+    assert_close(compiled(*placed), dot(*args), 1e-10)
+    assert moved == [("reduce-scatter", "f32", (M // 4, N))]
+
+
 ODD = (36, 200, 576)
 """m, n, k: each device's share would cut a block of scales, or be no multiple of 8."""
 

@@ -4,6 +4,7 @@ A run is a function of its settings: batch number i is drawn from a key made of 
 that was killed goes on from its last checkpoint as if nothing had happened.
 """
 
+import functools
 import hashlib
 import shutil
 import time
@@ -17,9 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from lm.model import Transformer, cross_entropy
+from lm.placement import gather, replicate, split_batch, state_shardings
 from lm.text import Text, even_windows, random_windows
 
 EVALUATION_BATCHES = 32
@@ -97,7 +101,9 @@ def make_optimizer(settings: Settings) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95, weight_decay=0.1))
 
 
-def train(name: str, settings: Settings, texts: tuple[Text, Text], directory: Path, *, fp8: bool, resume: bool) -> Run:
+def train(
+    name: str, settings: Settings, texts: tuple[Text, Text], directory: Path, mesh: Mesh, *, fp8: bool, resume: bool
+) -> Run:
     """Trains one model from the seed, or from its last checkpoint, to the last step.
 
     Args:
@@ -105,6 +111,7 @@ def train(name: str, settings: Settings, texts: tuple[Text, Text], directory: Pa
         settings: Sizes and seed.
         texts: Train and validation text.
         directory: Where the checkpoints are. Without `resume`, those of an earlier run are removed.
+        mesh: The devices. A run may go on with another mesh than it began with, to the same losses up to rounding.
         fp8: Whether the linear layers multiply in FP8.
         resume: Whether to go on from the last checkpoint, if there is one.
 
@@ -112,44 +119,58 @@ def train(name: str, settings: Settings, texts: tuple[Text, Text], directory: Pa
         The history from the first step on, also of the part before a kill.
     """
     model, optimizer = make_model(settings, fp8), make_optimizer(settings)
-    train_data, validation_data = (jnp.asarray(text.data) for text in texts)
-    state = _initial_state(model, optimizer, settings)
+    train_data, validation_data = (replicate(mesh, text.data) for text in texts)
+    state = _initial_state(model, optimizer, settings, mesh)
 
     started = time.perf_counter()
-    step_function = _compile_step(model, optimizer, settings, state, train_data)
+    step_function = _compile_step(model, optimizer, settings, mesh, state, train_data)
     compile_seconds = time.perf_counter() - started
-    windows = even_windows(validation_data, EVALUATION_BATCHES * settings.batch, settings.seq)
-    batches = windows.reshape(EVALUATION_BATCHES, settings.batch, settings.seq + 1)
-    evaluate = jax.jit(lambda params: jax.lax.map(lambda batch: cross_entropy(model, params, batch), batches).mean())
+
+    @jax.jit
+    def evaluate(params: Any, data: jax.Array) -> jax.Array:
+        windows = even_windows(data, EVALUATION_BATCHES * settings.batch, settings.seq)
+        batches = windows.reshape(EVALUATION_BATCHES, settings.batch, settings.seq + 1)
+        losses = jax.lax.map(lambda batch: cross_entropy(model, params, split_batch(mesh, batch)), batches)
+        return losses.mean()
 
     if not resume:
-        shutil.rmtree(directory, ignore_errors=True)
+        _remove(directory)
     with _checkpoint_manager(directory) as manager:
         state, history = _restore(manager, state)
-        state = _run_steps(name, settings, step_function, evaluate, train_data, state, history, manager)
+        validate = functools.partial(evaluate, data=validation_data)
+        state = _run_steps(name, settings, step_function, validate, train_data, state, history, manager)
 
-    memory_stats = jax.devices()[0].memory_stats() or {}
+    memory_stats = jax.local_devices()[0].memory_stats() or {}
     return Run(
         name=name,
         history=history,
         num_parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-        parameters_sha256=_digest(state.params),
+        parameters_sha256=_digest(mesh, state.params),
         compile_seconds=compile_seconds,
         step_bytes=_program_bytes(step_function),
         device_peak_bytes=memory_stats.get("peak_bytes_in_use"),
     )
 
 
-def _initial_state(model: Transformer, optimizer: optax.GradientTransformation, settings: Settings) -> State:
-    tokens = jnp.zeros((1, settings.seq), jnp.uint8)
-    params = jax.jit(model.init)(jax.random.key(settings.seed), tokens)["params"]
-    return State(params, optimizer.init(params))
+def _initial_state(
+    model: Transformer, optimizer: optax.GradientTransformation, settings: Settings, mesh: Mesh
+) -> State:
+    """Makes each device's part of the state where it belongs; the numbers do not depend on the mesh."""
+
+    def initial_state() -> State:
+        tokens = jnp.zeros((1, settings.seq), jnp.uint8)
+        params = model.init(jax.random.key(settings.seed), tokens)["params"]
+        return State(params, optimizer.init(params))
+
+    shardings = state_shardings(mesh, jax.eval_shape(initial_state))
+    return jax.jit(initial_state, out_shardings=shardings)()
 
 
 def _compile_step(
     model: Transformer,
     optimizer: optax.GradientTransformation,
     settings: Settings,
+    mesh: Mesh,
     state: State,
     data: jax.Array,
 ) -> Any:
@@ -157,13 +178,15 @@ def _compile_step(
 
     def step_function(state: State, data: jax.Array, step: jax.Array) -> tuple[State, jax.Array]:
         key = jax.random.fold_in(jax.random.key(settings.seed + 1), step)
-        windows = random_windows(data, key, settings.batch, settings.seq)
+        windows = split_batch(mesh, random_windows(data, key, settings.batch, settings.seq))
         loss_and_gradient = jax.value_and_grad(lambda params: cross_entropy(model, params, windows))
         loss, gradient = loss_and_gradient(state.params)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
         return State(optax.apply_updates(state.params, updates), optimizer_state), loss
 
-    return jax.jit(step_function, donate_argnums=0).lower(state, data, jnp.int32(0)).compile()
+    shardings = state_shardings(mesh, state), NamedSharding(mesh, PartitionSpec())
+    compiled = jax.jit(step_function, donate_argnums=0, out_shardings=shardings)
+    return compiled.lower(state, data, np.int32(0)).compile()
 
 
 def _run_steps(
@@ -178,11 +201,14 @@ def _run_steps(
 ) -> State:
     """Takes the steps that `history` lacks, and adds to it."""
     first = len(history.train)
-    progress = tqdm(total=settings.steps, initial=first, desc=f"{name:>5}", unit="step", mininterval=1.0)
+    progress = tqdm(
+        total=settings.steps, initial=first, desc=f"{name:>5}", unit="step", mininterval=1.0,
+        disable=jax.process_index() > 0,
+    )  # fmt: skip
     pending: list[jax.Array] = []
     started = time.perf_counter()
     for step in range(first, settings.steps):
-        state, loss = step_function(state, data, jnp.int32(step))
+        state, loss = step_function(state, data, np.int32(step))
         pending.append(loss)
         done = step + 1
         last = done == settings.steps
@@ -204,6 +230,13 @@ def _run_steps(
         started = time.perf_counter()
     progress.close()
     return state
+
+
+def _remove(directory: Path) -> None:
+    """Removes what an earlier run left: one process does, and the others wait for it."""
+    if jax.process_index() == 0:
+        shutil.rmtree(directory, ignore_errors=True)
+    multihost_utils.sync_global_devices(f"removed {directory.name}")
 
 
 def _checkpoint_manager(directory: Path) -> ocp.CheckpointManager:
@@ -237,9 +270,9 @@ def _program_bytes(compiled: Any) -> int:
     return int(kept + sizes.temp_size_in_bytes)
 
 
-def _digest(params: Any) -> str:
+def _digest(mesh: Mesh, params: Any) -> str:
     """A fingerprint of all parameters: equal for runs that are equal to the last bit."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(params):
-        digest.update(np.asarray(leaf).tobytes())
+        digest.update(gather(mesh, leaf).tobytes())
     return digest.hexdigest()
