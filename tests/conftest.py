@@ -10,7 +10,6 @@ import jax
 import pytest
 from support import available_implementations
 
-
 # Most of the time goes into compiling small programs for the CPU; what XLA's optimizer would change is not the subject
 # here, and where it is (fast-math flags), a test starts a process of its own without this. Other processes inherit it.
 if jax.default_backend() == "cpu":

@@ -50,7 +50,7 @@ def test_without_a_gpu_it_says_so_in_one_line():
         (["gemm", "--only", "nothing like it"], "no case matches"),
         (["gemm", "--vs", "xla-bf16,other"], "got other"),
         (["gemm", "--m", "1", "--n", "1", "--k", "1", "--compare", "nowhere.json"], "holds no report"),
-        (["readme", "--file", str(ROOT / "README.md"), "--results", "nowhere"], None),
+        (["readme", "--file", str(ROOT / "README.md"), "--results", "nowhere"], "gemm-h200.json holds no report"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, message, capsys):
