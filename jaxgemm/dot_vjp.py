@@ -167,7 +167,7 @@ def _wgrad(options: DotOptions, lhs: Any, dout: Any, sizes: Any, out_dtype: Any)
     if options.recipe.wgrad_dtype == "bf16":
         return _wgrad_bf16(options, lhs, dout, sizes)
     keywords: dict[str, Any] = {
-        "preferred_element_type": jnp.float32,
+        "preferred_element_type": out_dtype,
         "implementation": options.implementation,
     }
     if options.kind == "dense":

@@ -59,3 +59,10 @@ def test_falling_back_on_a_gpu_is_logged_once(caplog):
             assert GEMM_KERNEL not in text
     messages = [r.message for r in caplog.records if "dense" in r.message]
     assert len(messages) == 1 and "lhs must have blocks of (1, 128)" in messages[0]
+
+
+def test_weight_gradients_are_rounded_by_the_kernel():
+    """They are summed in float32 inside and leave in the weight's dtype: no pass over float32 gradients."""
+    x, w = random(0, 256, 512, dtype=jnp.bfloat16), random(1, 512, 384, dtype=jnp.bfloat16)
+    text = lowered(jax.grad(lambda w: jaxgemm.fp8_dot(x, w).astype(jnp.float32).sum()), w)
+    assert "tensor<512x384xf32>" not in text
