@@ -5,6 +5,7 @@ import logging
 import re
 
 import jax
+import jax.numpy as jnp
 import pytest
 from support import SQUARE, operands, random
 
