@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.xla_metadata import set_xla_metadata
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from jaxgemm import dispatch, layout, reference
 from jaxgemm.problem import GemmProblem, QuantizeProblem
@@ -57,6 +57,7 @@ def _partitioned(problem: Any, platform: str, implementation: str | None, shapes
 
     def partition(mesh: Any, operand_types: Any, result_types: Any) -> Any:
         results = jax.tree.leaves(result_types, is_leaf=lambda x: hasattr(x, "sharding"))
+        mesh = _mesh_of_devices(operand_types[0]) if mesh.empty else mesh
         split = choose(mesh, *([_spec(x, mesh) for x in arrays] for arrays in (operand_types, results)))
         specs = [split.operand_spec(dims) for dims in rule.operands]
         if rule.epilogue:
@@ -167,6 +168,12 @@ def _local_segments(problem: GemmProblem, sizes: jax.Array, local_k: int, axes: 
     sizes = layout.clip_aligned_sizes(sizes, problem.k, problem.segment_alignment)
     starts = layout.aligned_group_offsets(sizes, problem.segment_alignment)[:-1] - jax.lax.axis_index(axes) * local_k
     return jnp.clip(starts + sizes, 0, local_k) - jnp.clip(starts, 0, local_k)
+
+
+def _mesh_of_devices(array: Any) -> Mesh:
+    """Returns a mesh of one axis, for a program of several devices whose arrays are split over no mesh."""
+    places = array.sharding.devices_indices_map(array.shape)
+    return Mesh(np.array(list(places)), ("devices",))
 
 
 def _spec(array: Any, mesh: Any) -> list[Axes]:

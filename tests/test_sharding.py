@@ -101,6 +101,16 @@ def test_sum_is_scattered_to_a_result_that_is_split_over_its_mesh_axis(tmp_path)
     assert moved == [("reduce-scatter", "f32", (M // 4, N))]
 
 
+@pytest.mark.parametrize("axis_type", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+def test_arrays_that_lie_on_no_mesh_where_one_is_set(axis_type):
+    args = random(0, 8, 256), random(1, 256, 16), random(2, 16)
+    expected = jax.jit(value_and_gradients(jaxgemm.fp8_dot))(*args)
+    with jax.set_mesh(jax.make_mesh((2, 4), ("a", "b"), axis_types=(axis_type,) * 2)):
+        got = jax.jit(value_and_gradients(jaxgemm.fp8_dot))(*args)
+        jaxgemm.fp8_dot(*args)
+    assert_all_close(got, expected, 1e-10)
+
+
 ODD = (36, 200, 576)
 """m, n, k: each device's share would cut a block of scales, or be no multiple of 8."""
 
