@@ -73,8 +73,18 @@ def _partitioned(problem: Any, platform: str, implementation: str | None, shapes
 
         return mesh, share, result_shardings[0] if is_gemm else result_shardings, operand_shardings
 
+    def infer(mesh: Any, operand_types: Any, result_types: Any) -> Any:
+        """For the compiler's older partitioner, GSPMD, which asks in place of reading the rule."""
+        del result_types
+        unsplit = [[()] * len(dims) for dims in rule.results]
+        split = choose(mesh, [_spec(x, mesh) for x in operand_types], unsplit)
+        shardings = [NamedSharding(mesh, split.result_spec(dims)) for dims in rule.results]
+        return shardings[0] if is_gemm else shardings
+
     function = custom_partitioning(whole)
-    function.def_partition(partition, decode_shardings=False, sharding_rule=rule.sharding_rule())
+    function.def_partition(
+        partition, infer_sharding_from_operands=infer, decode_shardings=False, sharding_rule=rule.sharding_rule()
+    )
     return function
 
 
@@ -182,6 +192,8 @@ def _spec(array: Any, mesh: Any) -> list[Axes]:
     The compiler may use a part of a mesh axis, where a letter has fewer blocks than the axis has devices, or split
     unevenly. No name says that: such an axis counts as whole, and what is left of it is gathered.
     """
+    if array.sharding is None:  # not decided yet
+        return [()] * len(array.shape)
     try:
         places = array.sharding.devices_indices_map(array.shape)
     except ValueError:  # an uneven split

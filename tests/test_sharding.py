@@ -101,6 +101,18 @@ def test_sum_is_scattered_to_a_result_that_is_split_over_its_mesh_axis(tmp_path)
     assert moved == [("reduce-scatter", "f32", (M // 4, N))]
 
 
+def test_the_older_partitioner():
+    args = random(0, 256, 256), random(1, 256, 512), random(2, 512)
+    expected = jax.jit(value_and_gradients(jaxgemm.fp8_dot))(*args)
+    placed = jax.device_put(args, tuple(shardings((2, 4), (P("a"), P("a", "b"), P("b")))))
+    jax.config.update("jax_use_shardy_partitioner", False)
+    try:
+        got = jax.jit(value_and_gradients(jaxgemm.fp8_dot))(*placed)
+    finally:
+        jax.config.update("jax_use_shardy_partitioner", True)
+    assert_all_close(got, expected, 1e-10)
+
+
 @pytest.mark.parametrize("axis_type", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
 def test_arrays_that_lie_on_no_mesh_where_one_is_set(axis_type):
     args = random(0, 8, 256), random(1, 256, 16), random(2, 16)
