@@ -22,6 +22,10 @@ FLAGS = (
 )
 STEPS = ["--steps", "8", "--evaluate-every", "8"]
 
+DRIFT = 2e-2
+"""Bound on losses after the first: sums in another order round otherwise, Adam's first steps take the sign of gradients
+near zero, and FP8 steps from one value to the next. In these steps the loss falls by a third."""
+
 
 @pytest.fixture(autouse=True)
 def standard_promotion():
@@ -70,15 +74,14 @@ def test_two_processes_train_as_one_does_and_their_run_is_resumed_on_another_mes
     run_two_processes([*FLAGS, *STEPS, "--mesh", "fsdp=2,tp=2", "--out", str(several)])
     got = run_metrics(several)
     assert got["train_losses"][0] == pytest.approx(expected["train_losses"][0], rel=1e-6)
-    # Sums in another order round otherwise, and Adam's first steps enlarge that.
-    assert got["train_losses"] == pytest.approx(expected["train_losses"], rel=5e-3)
-    assert got["validation_loss"] == pytest.approx(expected["validation_loss"], rel=5e-3)
+    assert got["train_losses"] == pytest.approx(expected["train_losses"], rel=DRIFT)
+    assert got["validation_loss"] == pytest.approx(expected["validation_loss"], rel=DRIFT)
 
     # As after a kill at step 4, on eight devices.
     (several / "checkpoints_fp8" / "8").rename(tmp_path / "last")
     resumed = train_lm.main([*FLAGS, *STEPS, "--mesh", "fsdp=4,tp=2", "--out", str(several), "--resume"])["runs"]["fp8"]
     assert resumed["train_losses"][:4] == got["train_losses"][:4]
-    assert resumed["train_losses"] == pytest.approx(got["train_losses"], rel=5e-3)
+    assert resumed["train_losses"] == pytest.approx(got["train_losses"], rel=DRIFT)
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
