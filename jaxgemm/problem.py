@@ -2,13 +2,12 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
 
-if TYPE_CHECKING:
-    from jaxgemm.scaled_array import ScaledArray
+from jaxgemm.scaled_array import FP8_DTYPES, ScaledArray
 
 Kind = Literal["dense", "grouped", "masked", "k_grouped"]
 Activation = Literal["relu", "gelu", "silu"]
@@ -100,8 +99,8 @@ class QuantizeProblem:
 
 def make_problem(
     kind: Kind,
-    lhs: "ScaledArray",
-    rhs: "ScaledArray",
+    lhs: ScaledArray,
+    rhs: ScaledArray,
     bias: Any = None,
     sizes: Any = None,
     *,
@@ -181,13 +180,12 @@ def check_fill(fill: Any) -> None:
 
 def check_float_dtype(name: str, dtype: Any) -> np.dtype:
     """Returns `dtype` as a numpy dtype; raises TypeError unless it is bfloat16, float16 or float32."""
-    try:
-        resolved = np.dtype(dtype)
-    except TypeError:
-        raise TypeError(f"{name} must be bfloat16, float16 or float32, got {dtype!r}") from None
-    if resolved not in FLOAT_DTYPES:
-        raise TypeError(f"{name} must be bfloat16, float16 or float32, got {resolved}")
-    return resolved
+    return _check_dtype(name, dtype, FLOAT_DTYPES, "bfloat16, float16 or float32")
+
+
+def check_fp8_dtype(name: str, dtype: Any) -> np.dtype:
+    """Returns `dtype` as a numpy dtype; raises TypeError unless it is an FP8 one that Hopper multiplies."""
+    return _check_dtype(name, dtype, FP8_DTYPES, "float8_e4m3fn or float8_e5m2")
 
 
 def check_float_array(name: str, array: Any, axes: Sequence[str]) -> None:
@@ -249,3 +247,13 @@ def _check_scaled_operand(name: str, operand: Any, axes: tuple[str, ...]) -> Non
 def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(repr(c) for c in choices)}, got {value!r}")
+
+
+def _check_dtype(name: str, dtype: Any, allowed: Sequence[np.dtype], names: str) -> np.dtype:
+    try:
+        resolved = np.dtype(dtype)
+    except TypeError:
+        raise TypeError(f"{name} must be {names}, got {dtype!r}") from None
+    if resolved not in allowed:
+        raise TypeError(f"{name} must be {names}, got {resolved}")
+    return resolved

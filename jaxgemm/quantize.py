@@ -4,7 +4,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxgemm import layout, reference
 from jaxgemm.explicit_axes import entries_of, run_automatic
@@ -13,13 +12,12 @@ from jaxgemm.problem import (
     QuantizeProblem,
     check_float_array,
     check_float_dtype,
+    check_fp8_dtype,
     check_implementation,
     check_sizes,
 )
 from jaxgemm.scaled_array import (
-    FP8_DTYPES,
     ROW_BLOCK,
-    SQUARE_BLOCK,
     ScaledArray,
     resolve_block_shape,
     transposed_block_shape,
@@ -221,17 +219,6 @@ def dequantize(q: ScaledArray, dtype: Any = jnp.float32) -> jax.Array:
     return run_automatic(product, lambda: entries_of(q.stored_values), q.stored_values, q.stored_scales)
 
 
-def check_fp8_dtype(name: str, dtype: Any) -> np.dtype:
-    """Returns `dtype` as a numpy dtype; raises TypeError unless it is an FP8 one that Hopper multiplies."""
-    try:
-        resolved = np.dtype(dtype)
-    except TypeError:
-        raise TypeError(f"{name} must be float8_e4m3fn or float8_e5m2, got {dtype!r}") from None
-    if resolved not in FP8_DTYPES:
-        raise TypeError(f"{name} must be float8_e4m3fn or float8_e5m2, got {resolved}")
-    return resolved
-
-
 def _quantize_problem(
     x: jax.Array,
     block_shape: tuple[int, int],
@@ -243,13 +230,3 @@ def _quantize_problem(
     check_implementation(implementation)
     block = resolve_block_shape(block_shape, *x.shape[-2:])
     return QuantizeProblem(block, check_fp8_dtype("dtype", dtype), bool(power_of_two), **outputs)
-
-
-__all__ = [
-    "SQUARE_BLOCK",
-    "dequantize",
-    "quantize",
-    "quantize_both",
-    "quantize_grouped",
-    "quantize_transposed",
-]

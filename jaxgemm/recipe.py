@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgemm.quantize import check_fp8_dtype
+from jaxgemm.problem import check_fp8_dtype
 from jaxgemm.scaled_array import ROW_BLOCK, SQUARE_BLOCK
 
 
