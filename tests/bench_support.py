@@ -1,6 +1,4 @@
-"""What the tests of the benchmark share: a timer by the host's clock in CUPTI's place, and a report by hand."""
-
-import time
+"""What the tests of the benchmark share: a timer in CUPTI's place, and a report by hand."""
 
 import jax
 
@@ -10,28 +8,25 @@ from jaxgemm.bench.measure import Timing
 from jaxgemm.bench.rows import Row, Setup
 
 
-class HostTimer:
-    """Times whole calls by the host's clock: for tests, where there is no GPU."""
+class SteadyTimer:
+    """Runs each call, and says that it took 100 microseconds: tests must not hang on how fast the machine is."""
 
-    method = "host clock"
+    method = "steady clock"
 
     def __init__(self):
         self.calls = 0
 
     def __call__(self, call, iterations):
-        samples = []
         for _ in range(iterations):
-            start = time.perf_counter()
             jax.block_until_ready(call())
-            samples.append(1e6 * (time.perf_counter() - start))
             self.calls += 1
-        return Timing(tuple(samples), sum(samples) / iterations, {"everything": sum(samples) / iterations})
+        return Timing((100.0,) * iterations, 100.0, {"everything": 100.0})
 
 
 def bench(*arguments):
-    """Runs the command line with the host's clock; small iterations, small copy."""
+    """Runs the command line with the steady clock; small iterations, small copy."""
     quick = () if arguments[0] == "readme" else ("--iterations", "2", "--rounds", "1")
-    return main([*arguments, *quick], timer=HostTimer(), copy_bytes=1 << 12)
+    return main([*arguments, *quick], timer=SteadyTimer(), copy_bytes=1 << 20)
 
 
 def sample_report(case="large 1x1x1", us=100.0, peer_us=150.0, **changes):
@@ -39,6 +34,6 @@ def sample_report(case="large 1x1x1", us=100.0, peer_us=150.0, **changes):
     row = Row(case, dict(group=case.split()[0], m=1, n=1, k=1, cold=changes.pop("cold", False)), 2e9, 1e6)
     row.times = {"jaxgemm": Timing((us,), us), "xla-bf16": Timing((peer_us,), peer_us)}
     row.checks["difference"] = 1.5e-6
-    setup = Setup(HostTimer())
-    made = report.new_report("gemm", "--suite x", "host clock", {"copy_gbps": 1000.0}, setup)
+    setup = Setup(SteadyTimer())
+    made = report.new_report("gemm", "--suite x", "steady clock", {"copy_gbps": 1000.0}, setup)
     return {**made, "rows": [row.to_json()], **changes}

@@ -6,7 +6,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from bench_support import HostTimer, sample_report
+from bench_support import SteadyTimer, sample_report
 
 import jaxgemm
 from jaxgemm.bench import accuracy, grouped, peers, quantize, report, roofline, suites, torch_peers
@@ -42,11 +42,11 @@ def test_suite_of_a_file(tmp_path):
 
 
 def test_small_products_are_cold_and_large_ones_warm():
-    setup = Setup(HostTimer())
+    setup = Setup(SteadyTimer())
     assert setup.weight_copies(100_000_000, is_small=True) * 100_000_000 > 2e8
     assert setup.weight_copies(100_000_000, is_small=False) == 1
-    assert Setup(HostTimer(), temperature="cold").weight_copies(10**9, is_small=False) == 2
-    assert Setup(HostTimer(), temperature="warm").weight_copies(10**7, is_small=True) == 1
+    assert Setup(SteadyTimer(), temperature="cold").weight_copies(10**9, is_small=False) == 2
+    assert Setup(SteadyTimer(), temperature="warm").weight_copies(10**7, is_small=True) == 1
     assert setup.weight_copies(100, is_small=True) == 1  # millions of them would be needed
 
 
@@ -147,7 +147,7 @@ def test_xla_fp8_is_refused_where_xla_would_upcast():
     q = jaxgemm.quantize(x)
     operands = peers.GemmOperands(x, (x,), q, (q,), jnp.bfloat16)
     if jax.default_backend() != "gpu":
-        calls, missing = peers.prepare_peers(["xla-bf16", "xla-fp8"], operands, HostTimer())
+        calls, missing = peers.prepare_peers(["xla-bf16", "xla-fp8"], operands, SteadyTimer())
         assert list(calls) == ["xla-bf16"] and "upcast" in missing["xla-fp8"]
 
 
@@ -180,10 +180,10 @@ def test_torch_is_optional(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     assert torch_peers.version() is None and torch_peers.copy_bandwidth(8) is None
     with pytest.raises(Unavailable, match="not installed"):
-        torch_peers.tensorwise(None, HostTimer())
+        torch_peers.tensorwise(None, SteadyTimer())
     monkeypatch.setattr(torch_peers, "enabled", False)
     with pytest.raises(Unavailable, match="left out"):
-        torch_peers.blockwise(None, HostTimer())
+        torch_peers.blockwise(None, SteadyTimer())
 
 
 # Reports
