@@ -3,14 +3,17 @@
 This is the only module that asks which devices there are. A new chip is a new kernel file and one row here.
 """
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxgemm import reference, tuning
+from jaxgemm.layout import SCALE_BLOCK
 from jaxgemm.problem import GemmProblem, QuantizeProblem
 from jaxgemm.scaled_array import ROW_BLOCK, SQUARE_BLOCK
 
@@ -45,7 +48,7 @@ def choose(problem: Problem, platform: str, implementation: str | None) -> str:
             raise NotImplementedError(f"implementation={implementation!r} cannot serve this call: {reason}")
         return implementation
     for name in PREFERENCE:
-        reason = why_not(name, problem, platform)
+        reason = why_not(name, problem, platform) or _why_not_yet(name, problem)
         if reason is None:
             return name
         if platform == "cuda":
@@ -62,6 +65,13 @@ def why_not(implementation: str, problem: Problem, platform: str) -> str | None:
     return f"there is no {implementation!r} kernel yet"
 
 
+def _why_not_yet(implementation: str, problem: Problem) -> str | None:
+    """Why an implementation is not taken unless it is asked for by name; None if it is."""
+    if implementation == "mosaic" and isinstance(problem, GemmProblem) and problem.kind != "dense":
+        return "its kernel for groups has not been run on a GPU yet; implementation='mosaic' asks for it"
+    return None
+
+
 def run_gemm(problem: GemmProblem, platform: str, implementation: str | None, *operands: Any) -> jax.Array:
     """Computes a product of stored operands with the implementation chosen for the platform.
 
@@ -73,7 +83,7 @@ def run_gemm(problem: GemmProblem, platform: str, implementation: str | None, *o
             the sizes if it has groups.
     """
     chosen = choose(problem, platform, implementation)
-    if 0 in (problem.m, problem.n, problem.k):  # nothing to multiply, whoever was chosen
+    if 0 in (problem.m, problem.n, problem.k, problem.num_groups):  # nothing to multiply, whoever was chosen
         chosen = "xla"
     runners: dict[str, Callable[..., jax.Array]] = {"mosaic": _run_mosaic, "xla": _run_xla}
     return runners[chosen](problem, *operands)
@@ -112,12 +122,17 @@ def _run_mosaic(problem: GemmProblem, *operands: Any) -> jax.Array:
     from jaxgemm.kernels.hopper_gemm import hopper_gemm  # loads Pallas, which importing jaxgemm must not
 
     lhs_values, lhs_scales, rhs_values, rhs_scales, *rest = operands
-    bias = rest[0] if problem.has_bias else None
+    addend: Any = rest.pop(0) if problem.has_bias or problem.accumulate else None
+    sizes = rest.pop(0) if rest else None
     num_sms = sm_count()
-    config = tuning.choose_config(problem, num_sms)
-    return hopper_gemm(
-        lhs_values, lhs_scales, rhs_values, rhs_scales, bias, problem=problem, config=config, num_sms=num_sms
+    bias = addend if problem.has_bias else None
+    # What is added to a given array is summed in float32, and rounded after that.
+    computed = dataclasses.replace(problem, out_dtype=np.dtype(np.float32)) if problem.accumulate else problem
+    config = tuning.choose_config(computed, num_sms)
+    out = hopper_gemm(
+        lhs_values, lhs_scales, rhs_values, rhs_scales, bias, sizes, problem=computed, config=config, num_sms=num_sms
     )
+    return out if bias is addend else (addend + out).astype(problem.out_dtype)
 
 
 def _why_not_hopper(platform: str) -> str | None:
@@ -138,8 +153,8 @@ def _why_not_mosaic(problem: Problem) -> str | None:
         if problem.block_shape not in (ROW_BLOCK, SQUARE_BLOCK):
             return f"blocks must be (1, 128) or (128, 128), and are {problem.block_shape}"
         return "columns are summed where they are scaled" if problem.column_sum and not problem.transposed else None
-    if problem.kind != "dense":
-        return f"there is no Hopper kernel for {problem.kind} groups yet"
+    if problem.kind == "k_grouped" and problem.segment_alignment != SCALE_BLOCK:
+        return "each group's columns must start at a multiple of 128, as jaxgemm.quantize_grouped lays them out"
     if problem.lhs_block_shape != ROW_BLOCK:
         return f"lhs must have blocks of (1, 128), and has {problem.lhs_block_shape}"
     if problem.rhs_block_shape not in (ROW_BLOCK, SQUARE_BLOCK):

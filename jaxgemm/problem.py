@@ -4,10 +4,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgemm.scaled_array import FP8_DTYPES, ScaledArray
+from jaxgemm.scaled_array import FP8_DTYPES, ScaledArray, stored_scales_shape, stored_values_shape
 
 Kind = Literal["dense", "grouped", "masked", "k_grouped"]
 Activation = Literal["relu", "gelu", "silu"]
@@ -161,6 +162,23 @@ def make_problem(
         out_dtype=check_float_dtype("preferred_element_type", out_dtype),
         has_bias=bias is not None, activation=activation, **options,
     )  # fmt: skip
+
+
+def stored_operands(problem: GemmProblem) -> list[jax.ShapeDtypeStruct]:
+    """Returns shapes and dtypes of lhs values and scales, rhs values and scales, as they are stored."""
+    grouped = {"grouped": (False, True), "masked": (True, True)}.get(problem.kind, (False, False))
+    sides = (
+        (problem.m, problem.lhs_dtype, problem.lhs_block_shape),
+        (problem.n, problem.rhs_dtype, problem.rhs_block_shape),
+    )
+    arrays = []
+    for (rows, dtype, block), has_groups in zip(sides, grouped, strict=True):
+        lead = (problem.num_groups,) if has_groups else ()
+        shapes = stored_values_shape(rows, problem.k), stored_scales_shape(rows, problem.k, block)
+        arrays += [
+            jax.ShapeDtypeStruct((*lead, *shape), d) for shape, d in zip(shapes, (dtype, jnp.float32), strict=True)
+        ]
+    return arrays
 
 
 def check_activation(activation: Any) -> None:

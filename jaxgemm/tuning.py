@@ -6,6 +6,7 @@ Everything here is plain Python on static shapes: no device is asked, and nothin
 import dataclasses
 import functools
 import math
+import statistics
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -85,10 +86,10 @@ def why_invalid(problem: GemmProblem, config: GemmConfig) -> str | None:
         'it needs 284752 bytes of shared memory, a block has 232448'
     """
     rows, columns, warpgroups = config.tile_rows, config.tile_columns, config.warpgroups
-    if problem.kind != "dense":
-        return f"the dense kernel does not serve kind={problem.kind!r}"
-    if min(problem.m, problem.n, problem.k) < 1:
-        return f"m, n and k must be positive, got {problem.m}, {problem.n}, {problem.k}"
+    if problem.kind != "dense" and (config.share > 1 or config.split_k > 1 or config.band_along_n):
+        return f"{problem.kind} groups take no clusters and bands along m: share, split_k and band_along_n must be off"
+    if min(problem.m, problem.n, problem.k, problem.num_groups) < 1:
+        return f"m, n, k and g must be positive, got {problem.m}, {problem.n}, {problem.k}, {problem.num_groups}"
     if any(shape not in ((1, SCALE_BLOCK), (SCALE_BLOCK, SCALE_BLOCK)) for shape in _block_shapes(problem)):
         return f"blocks must be 1x128 or 128x128, got {_block_shapes(problem)}"
     if warpgroups not in ACCUMULATOR_REGISTERS or config.stages < 2:
@@ -172,10 +173,11 @@ def _with_most_stages(problem: GemmProblem, config: GemmConfig, limit: int) -> G
 def candidates(problem: GemmProblem) -> Iterator[GemmConfig]:
     """Every configuration worth considering for a problem; all are valid."""
     shapes = []
-    if problem.m <= 128:
-        tile_m = align_up(problem.m, 8)
+    extent = expected_extent(problem)
+    if extent.m <= 128 and problem.kind != "k_grouped":
+        tile_m = align_up(extent.m, 8) if problem.kind == "dense" else _tile_of_groups(problem, extent)
         for tile_n, warpgroups in ((64, 1), (128, 2), (192, 3)):
-            for split_k in (1, 2):
+            for split_k in (1, 2) if problem.kind == "dense" else (1,):
                 shapes.append(GemmConfig(tile_m, tile_n, 2, warpgroups, swap_operands=True, split_k=split_k))
     widths_of_high, widths = _tile_widths(problem)
     for tile_m, warpgroups in ((256, 2), (192, 3), (128, 2), (64, 1)):
@@ -185,6 +187,32 @@ def candidates(problem: GemmProblem) -> Iterator[GemmConfig]:
         config = _with_most_stages(problem, shape, 24 if shape.swap_operands else 8)
         if config is not None:
             yield config
+
+
+class Extent(NamedTuple):
+    """Sizes of the products that a problem is made of, as far as they are known before it runs."""
+
+    products: int
+    m: int
+    k: int
+
+
+def expected_extent(problem: GemmProblem) -> Extent:
+    """What to expect of group sizes: `expected_m` if it was given, else equal shares, or full masks."""
+    groups = problem.num_groups
+    if problem.kind == "grouped":
+        return Extent(groups, cdiv(problem.m, groups), problem.k)
+    if problem.kind == "masked":
+        expected = problem.m if problem.expected_m is None else min(problem.expected_m, problem.m)
+        return Extent(groups, max(expected, 1), problem.k)
+    if problem.kind == "k_grouped":
+        return Extent(groups, problem.m, cdiv(problem.k, groups))
+    return Extent(1, problem.m, problem.k)
+
+
+def _tile_of_groups(problem: GemmProblem, extent: Extent) -> int:
+    """Rows of a narrow tile for groups: half as many again as expected, so that few of them need two tiles."""
+    return min(align_up(extent.m + extent.m // 2, 16), align_up(problem.m, 8), 128)
 
 
 def _tile_widths(problem: GemmProblem) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -214,12 +242,19 @@ SPLIT_MICROSECONDS = 1.5
 """Time to exchange partial sums in a cluster."""
 
 
+GROUP_SPREAD = (0.7, 0.85, 1.0, 1.15, 1.3)
+"""Sizes that groups are taken to have, in shares of the expected one: the range of DeepGEMM's tests."""
+
+
 def predicted_microseconds(problem: GemmProblem, config: GemmConfig, num_sms: int) -> float:
     """A model of the kernel's time: the slowest of tensor cores, latency, L2 and memory, wave by wave."""
-    tiles = cdiv(problem.m, config.tile_m) * cdiv(problem.n, config.tile_n)
+    extent = expected_extent(problem)
+    spread = GROUP_SPREAD if problem.kind == "grouped" or problem.expected_m is not None else (1.0,)
+    row_tiles = statistics.mean(cdiv(math.ceil(extent.m * share), config.tile_m) for share in spread)
+    tiles = math.ceil(extent.products * row_tiles) * cdiv(problem.n, config.tile_n)
     clusters = max(1, num_sms // (config.split_k * config.share))
     waves = cdiv(cdiv(tiles, config.share), clusters)
-    k_tiles = cdiv(cdiv(problem.k, SCALE_BLOCK), config.split_k)
+    k_tiles = cdiv(cdiv(extent.k, SCALE_BLOCK), config.split_k)
     narrow = 1 + max(0, 128 - config.tile_columns) / 256
     shallow = 1.1 if config.num_waves * config.warpgroups <= 2 and config.tile_columns <= 128 else 1.0
     macs = config.tile_rows * max(config.tile_columns, 16)  # a k tile's, in units of its depth
@@ -228,7 +263,7 @@ def predicted_microseconds(problem: GemmProblem, config: GemmConfig, num_sms: in
     multiply = k_tiles * macs * MAC_MICROSECONDS * narrow * shallow * promote
     ingest = k_tiles * (config.tile_m + config.tile_n) * SCALE_BLOCK / SM_BYTES_PER_MICROSECOND
     busy = waves * max(multiply, ingest, k_tiles * LATENCY_MICROSECONDS)
-    memory = (problem.m * problem.k + problem.n * problem.k) / MEMORY_BYTES_PER_MICROSECOND
+    memory = extent.products * (extent.m + problem.n) * extent.k / MEMORY_BYTES_PER_MICROSECOND
     return max(busy, memory) + waves * TILE_MICROSECONDS + (SPLIT_MICROSECONDS if config.split_k > 1 else 0)
 
 
@@ -237,13 +272,13 @@ def choose_config(problem: GemmProblem, num_sms: int) -> GemmConfig:
     """Returns the configuration for a problem: a measured one if the table has it, else the best by the model.
 
     Args:
-        problem: dense, with m, n and k positive.
+        problem: with m, n, k and the number of groups positive.
         num_sms: streaming multiprocessors of the device.
 
     Raises:
         ValueError: if no configuration is valid.
     """
-    measured = MEASURED.get(measured_key(problem))
+    measured = MEASURED.get(measured_key(problem)) if problem.kind == "dense" else None
     if measured is not None and why_invalid(problem, measured) is None:
         return measured
     ranked = sorted(candidates(problem), key=lambda config: predicted_microseconds(problem, config, num_sms))

@@ -44,6 +44,14 @@ TYPICAL = [
 ]  # fmt: skip
 
 
+GROUPS = [  # kind, m, n, k, groups, expected_m
+    ("grouped", 32768, 6144, 7168, 8, None), ("grouped", 2048, 4096, 2048, 16, None),
+    ("grouped", 100, 4100, 2048, 64, None),
+    ("masked", 256, 6144, 7168, 32, 192), ("masked", 1344, 7168, 3072, 6, 1024), ("masked", 64, 4096, 4096, 32, 20),
+    ("k_grouped", 4096, 7168, 33280, 4, None), ("k_grouped", 7168, 2048, 34816, 16, None),
+]  # fmt: skip
+
+
 def cases() -> dict[str, tuple]:
     """Name, problem and configuration of every kernel to check; each distinct kernel once."""
     import jax.numpy as jnp
@@ -71,6 +79,17 @@ def cases() -> dict[str, tuple]:
                     problem,
                     config,
                 )
+    for kind, m, n, k, groups, expected_m in GROUPS:
+        wgrad = kind == "k_grouped"
+        for fill, has_bias in (("zero", not wgrad),) if kind != "masked" else (("zero", True), ("unspecified", False)):
+            problem = GemmProblem(
+                kind, m, n, k, e4m3, e4m3, row, row if wgrad else square, f32 if wgrad else bf16, num_groups=groups,
+                has_bias=has_bias, segment_alignment=128 if wgrad else 1, expected_m=expected_m, fill=fill,
+            )  # fmt: skip
+            found[f"{kind} {groups} of {m}x{n}x{k} {fill if kind == 'masked' else ''}"] = (
+                problem,
+                choose_config(problem, 132),
+            )
     return found
 
 
@@ -81,20 +100,15 @@ def lower(problem, config) -> list[bytes]:
     from jax.experimental.mosaic.gpu import core
 
     from jaxgemm.kernels.hopper_gemm import hopper_gemm
-    from jaxgemm.layout import align_up, cdiv
+    from jaxgemm.problem import stored_operands
 
-    def operand(rows, block_shape, dtype):
-        k_tiles = cdiv(problem.k, 128)
-        scales = (k_tiles, align_up(rows, 4)) if block_shape[0] == 1 else (cdiv(rows, 128), k_tiles)
-        values = jax.ShapeDtypeStruct((align_up(rows, 8), k_tiles * 128), dtype)
-        return values, jax.ShapeDtypeStruct(scales, jnp.float32)
-
-    lhs = operand(problem.m, problem.lhs_block_shape, problem.lhs_dtype)
-    rhs = operand(problem.n, problem.rhs_block_shape, problem.rhs_dtype)
-    bias = jax.ShapeDtypeStruct((problem.n,), jnp.float32) if problem.has_bias else None
+    dense = problem.kind == "dense"
+    bias_shape = (problem.n,) if dense else (problem.num_groups, problem.n)
+    bias = jax.ShapeDtypeStruct(bias_shape, jnp.float32) if problem.has_bias else None
+    sizes = None if dense else jax.ShapeDtypeStruct((problem.num_groups,), jnp.int32)
     core.KNOWN_KERNELS.clear()
     kernel = functools.partial(hopper_gemm, problem=problem, config=config, num_sms=132)
-    jax.jit(kernel).trace(*lhs, *rhs, bias).lower(lowering_platforms=("cuda",))
+    jax.jit(kernel).trace(*stored_operands(problem), bias, sizes).lower(lowering_platforms=("cuda",))
     return list(core.KNOWN_KERNELS.values())
 
 

@@ -1,5 +1,7 @@
 """The end of a tile: bias and activation on the float32 sums, and their way to the output."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -70,10 +72,43 @@ def add_bias(sums: list[jax.Array], bias_smem: Any, row: jax.Array, transposed: 
     return biased
 
 
-def store_wave(sums: list[jax.Array], out_smem: Any, out_gmem: Any, row: jax.Array, column: jax.Array) -> None:
+def zero_masked(
+    sums: list[jax.Array], row: Any, column: Any, rows_left: jax.Array, transposed: bool
+) -> list[jax.Array]:
+    """Zeroes what belongs to rows of lhs past the end of the group, whatever they held.
+
+    Args:
+        sums: float32 chunks `[64, chunk]` of one wave.
+        row: the wave's first row within the tile.
+        column: its first column within the tile.
+        rows_left: rows of lhs from the tile's start to the end of its group.
+        transposed: whether rows of lhs lie along the columns.
+
+    Returns:
+        The sums, or zeros.
+    """
+    kept, first = [], column if transposed else row
+    for part in sums:
+        index = plgpu.broadcasted_iota(jnp.int32, part.shape, int(transposed), layout=ACCUMULATOR_LAYOUT)
+        kept.append(jnp.where(index < rows_left - first, part, jnp.zeros_like(part)))
+        first = first + (part.shape[1] if transposed else 0)
+    return kept
+
+
+def store_wave(
+    sums: list[jax.Array], out_smem: Any, out_gmem: Any, row: jax.Array, column: jax.Array, rows_left: Any = None
+) -> None:
     """Stores one wave as `[64, tile_columns]` of the output; what lies past its end is clipped by TMA.
 
     NOTE: the store is awaited only before the buffer is written again, so that it overlaps the next tile.
+
+    Args:
+        sums: float32 chunks `[64, chunk]`.
+        out_smem: this warpgroup's part of the buffer.
+        out_gmem: the output `[m, n]`.
+        row: first row of the output.
+        column: first column of the output.
+        rows_left: how many of the rows to store, at most (int32 scalar; may be negative); None for all.
     """
     num_chunks, chunk = out_smem.shape[0], out_smem.shape[-1]
     pieces = [part[:, i : i + chunk] for part in sums for i in range(0, part.shape[1], chunk)]
@@ -83,16 +118,21 @@ def store_wave(sums: list[jax.Array], out_smem: Any, out_gmem: Any, row: jax.Arr
         for index, piece in enumerate(staged):
             out_smem[index] = piece.astype(out_smem.dtype)
         plgpu.commit_smem()
-        for index in range(len(staged)):
-            window = pl.ds(row, WAVE_ROWS), pl.ds(column + (first + index) * chunk, chunk)
-            plgpu.copy_smem_to_gmem(out_smem.at[index], out_gmem.at[window], commit_group=False)
+
+        def store_rows(offset, length, first=first, staged=staged):
+            for index in range(len(staged)):
+                window = pl.ds(row + offset, length), pl.ds(column + (first + index) * chunk, chunk)
+                source = out_smem.at[index, pl.ds(offset, length)]
+                plgpu.copy_smem_to_gmem(source, out_gmem.at[window], commit_group=False)
+
+        _store_ladder(store_rows, WAVE_ROWS, rows_left)
         plgpu.commit_smem_to_gmem_group()
 
 
 def store_wave_transposed(
-    sums: list[jax.Array], out_smem: Any, out_gmem: Any, row: jax.Array, column: jax.Array
+    sums: list[jax.Array], out_smem: Any, out_gmem: Any, row: jax.Array, column: jax.Array, rows_left: Any = None
 ) -> None:
-    """Stores one wave `[64, tile_columns]` as `[tile_columns, 64]` of the output."""
+    """Stores one wave `[64, tile_columns]` as `[tile_columns, 64]` of the output; arguments as for `store_wave`."""
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     first = 0
     for part in sums:
@@ -100,8 +140,30 @@ def store_wave_transposed(
         _store(out_smem.at[first : first + part.shape[1]].T, values)
         first += part.shape[1]
     plgpu.commit_smem()
-    window = pl.ds(column, out_smem.shape[0]), pl.ds(row, WAVE_ROWS)
-    plgpu.copy_smem_to_gmem(out_smem, out_gmem.at[window])
+
+    def store_rows(offset, length):
+        window = pl.ds(column + offset, length), pl.ds(row, WAVE_ROWS)
+        plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(offset, length)], out_gmem.at[window], commit_group=False)
+
+    _store_ladder(store_rows, out_smem.shape[0], rows_left)
+    plgpu.commit_smem_to_gmem_group()
+
+
+def _store_ladder(store_rows: Callable[[Any, int], None], most: int, rows_left: Any) -> None:
+    """Calls `store_rows(offset, length)` for the first `rows_left` of `most` rows: in one go, or by powers of two.
+
+    A copy has a static length, so a ragged number of rows takes one for each of its binary digits.
+    """
+    if rows_left is None:
+        return store_rows(0, most)
+    pl.when(rows_left >= most)(lambda: store_rows(0, most))
+
+    @pl.when(lax.bitwise_and(rows_left > 0, rows_left < most))
+    def store_ragged():
+        length = 1 << (most - 1).bit_length()
+        while length := length >> 1:
+            offset = lax.bitwise_and(rows_left, jnp.int32(-2 * length))
+            pl.when(lax.bitwise_and(rows_left, jnp.int32(length)) != 0)(functools.partial(store_rows, offset, length))
 
 
 def _store(target: Any, values: jax.Array) -> None:

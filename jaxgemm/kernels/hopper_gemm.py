@@ -1,10 +1,12 @@
-"""FP8 matrix product for Hopper (sm_90a): `out = act(sum_k lhs_scale * rhs_scale * (lhs @ rhs.T) + bias)`.
+"""FP8 matrix products for Hopper (sm_90a): `out = act(sum_k lhs_scale * rhs_scale * (lhs @ rhs.T) + bias)`.
 
 Warpgroups of a block, over time (two compute warpgroups):
 
     load      | k0 | k1 | k2 | k3 | ...            | next tile's k0 | ...
     compute 0 |    | mma k0 | promote | mma k1 ...  | bias, act, store | mma k0 ...
     compute 1 |    |  ...   | mma k0  | promote ... | bias, act, store | ...
+
+Dense, contiguous, masked and k-grouped products differ in their schedule alone: `schedule.py`, `group_schedule.py`.
 
 Shared memory: `stages` x (rows tile, columns tile, scales of both), the bias of a tile, one output wave a warpgroup.
 
@@ -33,12 +35,13 @@ from jaxgemm.kernels.mainloop import (
     load_block_scales,
     load_tile,
 )
-from jaxgemm.kernels.plan import Plan, k_range, make_plan, scratch_types
+from jaxgemm.kernels.plan import Plan, make_plan, scratch_types
 from jaxgemm.kernels.schedule import (
     LOCAL_AXIS,
     SHARE_AXIS,
     SM_AXIS,
     SPLIT_AXIS,
+    TileSchedule,
     first_tile,
     for_each_tile,
 )
@@ -66,24 +69,27 @@ class Sides(NamedTuple):
     columns: tuple[Operand, OperandRefs]
 
 
-def load_role(plan: Plan, sides: Sides, bias_gmem: Any, smem: dict[str, Any]) -> None:
+def load_role(plan: Plan, schedule: TileSchedule, sides: Sides, bias_gmem: Any, smem: dict[str, Any]) -> None:
     """The loading warpgroup: one warp walks the tiles and keeps the stages full."""
     has_bias, stages = plan.problem.has_bias, plan.config.stages
 
-    def load_one_tile(tile, upcoming, iteration):
+    def load_one_tile(tile, upcoming, carry):
         del upcoming
+        iteration, tiles_before = carry
         barriers = smem["full_barrier"], smem["empty_barrier"]
-        iteration = load_tile(sides, tile, k_range(plan), stages, *barriers, iteration)
+        iteration = load_tile(sides, tile, stages, *barriers, iteration)
         if has_bias:
-            load_bias(tile, iteration)
-        return iteration
+            load_bias(tile, tiles_before)
+        return iteration, tiles_before + 1
 
-    def load_bias(tile, iteration):
-        @pl.when(iteration > k_range(plan).num_tiles)
+    def load_bias(tile, tiles_before):
+        @pl.when(tiles_before > 0)
         def wait_until_used():
             plgpu.barrier_wait(smem["bias_empty"])
 
         start = tile.row_start if plan.config.swap_operands else tile.column_start
+        if tile.group is not None:
+            start = tile.group * plan.problem.n + start
         slab = bias_gmem.at[pl.ds(start, plan.bias_slab)]
         plgpu.copy_gmem_to_smem(slab, smem["bias_smem"], smem["bias_full"])
 
@@ -91,13 +97,18 @@ def load_role(plan: Plan, sides: Sides, bias_gmem: Any, smem: dict[str, Any]) ->
     def per_warp(warp):
         @pl.when(warp == 0)
         def load_tiles():
-            iterations = for_each_tile(plan.schedule, load_one_tile, jnp.int32(0))
+            iterations, tiles = for_each_tile(schedule, load_one_tile, (jnp.int32(0), jnp.int32(0)))
             drain(smem["empty_barrier"], stages, iterations)
             if has_bias:
-                plgpu.barrier_wait(smem["bias_empty"])
+
+                @pl.when(tiles > 0)
+                def wait_until_used():
+                    plgpu.barrier_wait(smem["bias_empty"])
 
 
-def compute_role(plan: Plan, sides: Sides, out_gmem: Any, smem: dict[str, Any], multiply: Any) -> None:
+def compute_role(
+    plan: Plan, schedule: TileSchedule, sides: Sides, out_gmem: Any, smem: dict[str, Any], multiply: Any
+) -> None:
     """A compute warpgroup: sums its rows of each tile, then stores them."""
     problem, config = plan.problem, plan.config
     warpgroup = lax.axis_index("warpgroup")
@@ -112,13 +123,13 @@ def compute_role(plan: Plan, sides: Sides, out_gmem: Any, smem: dict[str, Any], 
         upcoming_scales = load_scales(upcoming)
         barriers = smem["full_barrier"], smem["empty_barrier"]
         sums, slot = compute_tile(
-            *sides, tile, shifts, warpgroup, plan.num_waves, k_range(plan), config.stages, *barriers, slot, multiply
+            *sides, tile, shifts, warpgroup, plan.num_waves, config.stages, *barriers, slot, multiply
         )
         if problem.has_bias:
             plgpu.barrier_wait(smem["bias_full"])
         if config.split_k == 1:
             for wave, parts in enumerate(sums):
-                finish_wave(parts, tile, first_row + wave * WAVE_ROWS, tile.column_start)
+                finish_wave(parts, tile, first_row + wave * WAVE_ROWS, 0)
         else:
             finish_split_wave(sums[0][0], tile)
         if problem.has_bias:
@@ -126,14 +137,23 @@ def compute_role(plan: Plan, sides: Sides, out_gmem: Any, smem: dict[str, Any], 
         return slot, upcoming_scales
 
     def load_scales(tile):
-        return [load_block_scales(side, start) for side, start in zip(sides, tile, strict=True)]
+        starts = tile.row_start, tile.column_start
+        return [load_block_scales(side, tile.group, start) for side, start in zip(sides, starts, strict=True)]
 
     def finish_wave(parts, tile, row, column):
+        """Stores one wave: `row` and `column` are where it starts in the tile."""
         if problem.has_bias:
             parts = epilogue.add_bias(parts, smem["bias_smem"], row, config.swap_operands)
         parts = [epilogue.activate(part, problem.activation) for part in parts]
+        if plan.problem.kind == "masked" and problem.fill == "zero":
+            parts = epilogue.zero_masked(parts, row, column, tile.rows_left, config.swap_operands)
+        elif plan.stores_ragged and problem.has_bias:
+            parts = [part * (tile.k.num_tiles > 0).astype(jnp.float32) for part in parts]  # rows of no group
         store = epilogue.store_wave_transposed if config.swap_operands else epilogue.store_wave
-        store(parts, smem["out_smem"].at[warpgroup], out_gmem, tile.row_start + row, column)
+        out = out_gmem.at[tile.group] if len(plan.out_shape) == 3 else out_gmem
+        lhs_offset = column if config.swap_operands else row
+        rows_left = tile.rows_left - lhs_offset if plan.stores_ragged else None
+        store(parts, smem["out_smem"].at[warpgroup], out, tile.row_start + row, tile.column_start + column, rows_left)
 
     def finish_split_wave(sums, tile):
         rank, width = lax.axis_index(SPLIT_AXIS), plan.output_columns
@@ -141,14 +161,14 @@ def compute_role(plan: Plan, sides: Sides, out_gmem: Any, smem: dict[str, Any], 
 
         @pl.when(rank * width < plan.columns.tile)
         def finish_slice():
-            finish_wave([total], tile, first_row, tile.column_start + rank * width)
+            finish_wave([total], tile, first_row, rank * width)
 
         # No block may go on while another still reads its partial sums.
         plgpu.barrier_arrive(smem["used_barrier"])
         plgpu.barrier_wait(smem["used_barrier"])
 
-    first = first_tile(plan.schedule)
-    for_each_tile(plan.schedule, compute_one_tile, (jnp.int32(0), load_scales(first)))
+    first = first_tile(schedule)
+    for_each_tile(schedule, compute_one_tile, (jnp.int32(0), load_scales(first)))
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -168,27 +188,30 @@ def hopper_gemm(
     rhs_values: jax.Array,
     rhs_scales: jax.Array,
     bias: jax.Array | None,
+    sizes: jax.Array | None = None,
     *,
     problem: GemmProblem,
     config: GemmConfig,
     num_sms: int,
     interpret: Any = False,
 ) -> jax.Array:
-    """The dense product.
+    """The product of stored operands, dense or of groups.
 
     Args:
-        lhs_values: FP8 `[align_up(m, 8), align_up(k, 128)]`, zero-padded.
-        lhs_scales: float32 `[ceil(k/128), align_up(m, 4)]`.
-        rhs_values: FP8 `[align_up(n, 8), align_up(k, 128)]`, zero-padded.
-        rhs_scales: float32, 128x128 blocks: `[ceil(n/128), ceil(k/128)]`; 1x128: `[ceil(k/128), align_up(n, 4)]`.
-        bias: float `[n]` or None.
+        lhs_values: FP8 `[align_up(m, 8), align_up(k, 128)]`, zero-padded; masked, `g` of them.
+        lhs_scales: float32, 1x128 blocks: `[ceil(k/128), align_up(m, 4)]`; 128x128: `[ceil(m/128), ceil(k/128)]`;
+            masked, `g` of them.
+        rhs_values: FP8 `[align_up(n, 8), align_up(k, 128)]`, zero-padded; grouped or masked, `g` of them.
+        rhs_scales: float32, as for lhs, of n; grouped or masked, `g` of them.
+        bias: float `[n]` or None; grouped or masked `[g, n]`.
+        sizes: int32 `[g]`, `group_sizes` or `masked_m`; None if dense.
         problem: what is computed.
         config: tiles; valid for the problem.
         num_sms: streaming multiprocessors of the device: blocks to launch.
         interpret: parameters of Pallas' GPU interpreter, to run on a CPU.
 
     Returns:
-        `[m, n]` of `problem.out_dtype`.
+        `problem.out_shape` of `problem.out_dtype`.
     """
     plan = make_plan(problem, config, num_sms)
     multiply = functools.partial(multiply_wave_portable if interpret else multiply_wave, num_warpgroups=plan.num_turns)
@@ -198,25 +221,26 @@ def hopper_gemm(
         rhs_refs = OperandRefs(refs[2], refs[3], smem["rhs_values_smem"], smem["rhs_scales_smem"])
         lhs, rhs = (plan.lhs, lhs_refs), (plan.rhs, rhs_refs)
         sides = Sides(rhs, lhs) if config.swap_operands else Sides(lhs, rhs)
+        schedule = plan.schedule(None if sizes is None else refs[-2])
         load_registers, compute_registers = REGISTERS[config.warpgroups]
         warpgroup = lax.axis_index("warpgroup")
 
         @pl.when(warpgroup == config.warpgroups)
         def load():
             plgpu.set_max_registers(load_registers, action="decrease")
-            load_role(plan, sides, refs[4] if problem.has_bias else None, smem)
+            load_role(plan, schedule, sides, refs[4] if problem.has_bias else None, smem)
 
         @pl.when(warpgroup < config.warpgroups)
         def compute():
             plgpu.set_max_registers(compute_registers, action="increase")
             with turns(warpgroup, plan.num_turns, interpret):
-                compute_role(plan, sides, refs[-1], smem, multiply)
+                compute_role(plan, schedule, sides, refs[-1], smem, multiply)
 
     call = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((problem.m, plan.padded_n), problem.out_dtype),
+        out_type=jax.ShapeDtypeStruct(plan.out_shape, problem.out_dtype),
         scratch_types=scratch_types(plan, None if bias is None else bias.dtype),
-        grid=(min(num_sms // (config.share * config.split_k), plan.schedule.num_tiles),),
+        grid=(min(num_sms // (config.share * config.split_k), plan.schedule().most_tiles),),
         grid_names=(SM_AXIS,),
         cluster=(config.share, config.split_k, 1),
         cluster_names=(SHARE_AXIS, SPLIT_AXIS, LOCAL_AXIS),
@@ -232,6 +256,10 @@ def hopper_gemm(
         scales if operand.scale_per_row else scales.reshape(-1)
         for operand, scales in ((plan.lhs, lhs_scales), (plan.rhs, rhs_scales))
     )
-    operands = (lhs_values, lhs_scales, rhs_values, rhs_scales) + ((bias,) if problem.has_bias else ())
+    operands = [lhs_values, lhs_scales, rhs_values, rhs_scales]
+    if bias is not None:
+        operands.append(bias.reshape(-1))
+    if sizes is not None:
+        operands.append(plan.group_table(sizes))
     out = call(*operands)
-    return out if plan.padded_n == problem.n else out[:, : problem.n]
+    return out if plan.padded_n == problem.n else out[..., : problem.n]

@@ -32,9 +32,11 @@ class Operand:
     Attributes:
         tile: rows of it in a tile.
         scale_per_row: True if scaled by 1x128 blocks, False if by 128x128.
-        num_scale_blocks: rows of the stored 128x128 scales; unused if scale_per_row.
+        num_scale_blocks: rows of the stored 128x128 scales of a group; unused if scale_per_row.
         k_tiles: k tiles, and columns of the stored 128x128 scales.
         dtype: FP8.
+        multicast: whether the blocks of a cluster share its loads.
+        num_groups: size of its leading axis; 0 if it has none.
     """
 
     tile: int
@@ -43,6 +45,7 @@ class Operand:
     k_tiles: int
     dtype: Any
     multicast: bool = False
+    num_groups: int = 0
 
     @property
     def slab(self) -> int:
@@ -63,19 +66,18 @@ class Operand:
     @property
     def keeps_block_scales(self) -> bool:
         """Whether 128x128 scales are loaded a row at a time: if there are that many; else one by one, as needed."""
-        return not self.scale_per_row and self.num_scale_blocks * self.k_tiles >= self.scale_row
+        stored = max(1, self.num_groups) * self.num_scale_blocks * self.k_tiles
+        return not self.scale_per_row and stored >= self.scale_row
+
+    def scale_block(self, group: Any, block: Any) -> jax.Array:
+        """The row of the stored 128x128 scales for this block of a group's rows; the last one, past its end."""
+        within = lax.min(block, jnp.int32(self.num_scale_blocks - 1))
+        return group * self.num_scale_blocks + within if self.num_groups else within
 
     @property
     def num_copies(self) -> int:
         """TMA copies that bring one k tile of it."""
         return 1 + self.scale_per_row
-
-
-class KRange(NamedTuple):
-    """The k tiles that a block sums: the first one, and how many."""
-
-    first: Any
-    num_tiles: Any
 
 
 class OperandRefs(NamedTuple):
@@ -104,7 +106,7 @@ class BlockScales(NamedTuple):
     shifts: list[jax.Array]
 
 
-def load_block_scales(side: tuple[Operand, OperandRefs], start: jax.Array) -> BlockScales | None:
+def load_block_scales(side: tuple[Operand, OperandRefs], group: Any, start: jax.Array) -> BlockScales | None:
     """Begins to load a tile's 128x128 scales into registers; None if there are none to keep."""
     operand, refs = side
     if not operand.keeps_block_scales:
@@ -113,7 +115,7 @@ def load_block_scales(side: tuple[Operand, OperandRefs], start: jax.Array) -> Bl
     last = refs.scales_gmem.shape[0] - operand.scale_row
     rows, shifts = [], []
     for i in range(operand.blocks_per_tile):
-        block = lax.min(lax.div(start, SCALE_BLOCK_ROWS) + i, operand.num_scale_blocks - 1)
+        block = operand.scale_block(group, lax.div(start, SCALE_BLOCK_ROWS) + i)
         first = lax.min(block * operand.k_tiles, last)
         rows.append(load(refs.scales_gmem.at[pl.ds(first, operand.scale_row)], layout=layout))
         shifts.append(block * operand.k_tiles - first)
@@ -134,8 +136,7 @@ def next_slot(slot: jax.Array, stages: int) -> jax.Array:
 
 def load_tile(
     operands: tuple[tuple[Operand, OperandRefs], ...],
-    starts: Tile,
-    k_range: KRange,
+    tile: Tile,
     stages: int,
     full_barrier: Any,
     empty_barrier: Any,
@@ -148,37 +149,37 @@ def load_tile(
 
     Args:
         operands: (description, references) of the rows and of the columns operand.
-        starts: where the tile starts along each.
-        k_range: k tiles to load.
+        tile: where the tile starts along each, and its k tiles.
         stages: stages of the pipeline.
         full_barrier: one barrier a stage.
         empty_barrier: one barrier a stage.
         iteration: k tiles loaded before, in all tiles.
 
     Returns:
-        `iteration + k_range.num_tiles`.
+        `iteration + tile.k.num_tiles`.
     """
 
     def load_k_tile(step, slot):
-        k_index = k_range.first + step
+        k_index = tile.k.first + step
 
         @pl.when(iteration + step >= stages)
         def wait_until_consumed():
             plgpu.barrier_wait(empty_barrier.at[slot])
 
         barrier = full_barrier.at[slot]
-        for (operand, refs), start in zip(operands, starts, strict=True):
+        for (operand, refs), start in zip(operands, (tile.row_start, tile.column_start), strict=True):
+            group = (tile.group,) if operand.num_groups else ()
             if operand.scale_per_row:
-                slab = pl.ds(start, operand.slab)
-                plgpu.copy_gmem_to_smem(refs.scales_gmem.at[k_index, slab], refs.scales_smem.at[slot], barrier)
-            box = pl.ds(start, operand.tile), pl.ds(k_index * TILE_K, TILE_K)
+                slab = *group, k_index, pl.ds(start, operand.slab)
+                plgpu.copy_gmem_to_smem(refs.scales_gmem.at[slab], refs.scales_smem.at[slot], barrier)
+            box = *group, pl.ds(start, operand.tile), pl.ds(k_index * TILE_K, TILE_K)
             axes = SHARE_AXIS if operand.multicast else None
             plgpu.copy_gmem_to_smem(refs.values_gmem.at[box], refs.values_smem.at[slot], barrier, collective_axes=axes)
         return next_slot(slot, stages)
 
     slot = lax.rem(iteration, jnp.int32(stages))
-    lax.fori_loop(0, k_range.num_tiles, load_k_tile, slot)
-    return iteration + k_range.num_tiles
+    lax.fori_loop(0, tile.k.num_tiles, load_k_tile, slot)
+    return iteration + tile.k.num_tiles
 
 
 def drain(empty_barrier: Any, stages: int, iteration: jax.Array) -> None:
@@ -192,11 +193,10 @@ def drain(empty_barrier: Any, stages: int, iteration: jax.Array) -> None:
 def compute_tile(
     rows: tuple[Operand, OperandRefs],
     columns: tuple[Operand, OperandRefs],
-    starts: Tile,
+    tile: Tile,
     shifts: list[Any],
     warpgroup: jax.Array,
     num_waves: int,
-    k_range: KRange,
     stages: int,
     full_barrier: Any,
     empty_barrier: Any,
@@ -211,11 +211,10 @@ def compute_tile(
     Args:
         rows: description and references of the rows operand.
         columns: of the columns operand.
-        starts: where the tile starts.
+        tile: where the tile starts, and its k tiles.
         shifts: where k tile 0 lies in the kept 128x128 scales of rows and columns; None for 1x128 scales.
         warpgroup: number of this warpgroup; it computes its share of the tile's rows.
         num_waves: waves of 64 rows it computes.
-        k_range: k tiles to sum.
         stages: stages of the pipeline.
         full_barrier: waited on.
         empty_barrier: arrived at once a stage has been read.
@@ -240,14 +239,14 @@ def compute_tile(
 
     def accumulate_k_tile(step, carry):
         slot, sums, recycled = carry
-        place = ScalePlace(slot, warpgroup, k_range.first + step)
+        place = ScalePlace(slot, warpgroup, tile.k.first + step, tile.group)
         plgpu.barrier_wait(full_barrier.at[slot])
 
         def load_row_scales(row):
-            return _load_scales(rows, place, shifts[0], starts.row_start, row, WAVE_ROWS, axis=0)
+            return _load_scales(rows, place, shifts[0], tile.row_start, row, WAVE_ROWS, axis=0)
 
         def load_column_scales():
-            load_chunk = functools.partial(_load_scales, columns, place, shifts[1], starts.column_start)
+            load_chunk = functools.partial(_load_scales, columns, place, shifts[1], tile.column_start)
             return [load_chunk(column, chunk, axis=1) for column in chunks]
 
         if not late:
@@ -268,7 +267,7 @@ def compute_tile(
         return plgpu.layout_cast(jnp.zeros((WAVE_ROWS, width), jnp.float32), ACCUMULATOR_LAYOUT)
 
     sums = [[zero(chunk) for _ in chunks] for _ in range(num_waves)]
-    slot, sums, _ = lax.fori_loop(0, k_range.num_tiles, accumulate_k_tile, (slot, sums, zero(columns[0].tile)))
+    slot, sums, _ = lax.fori_loop(0, tile.k.num_tiles, accumulate_k_tile, (slot, sums, zero(columns[0].tile)))
     return sums, slot
 
 
@@ -288,11 +287,12 @@ def chunk_columns(columns: Operand) -> int:
 
 
 class ScalePlace(NamedTuple):
-    """Where the scales of a k tile lie: its stage (1x128), or its warpgroup's copy and its number (128x128)."""
+    """Where the scales of a k tile lie: its stage (1x128), or its warpgroup's copy, number and group (128x128)."""
 
     slot: jax.Array
     warpgroup: jax.Array
     k_index: jax.Array
+    group: jax.Array | None
 
 
 def _load_scales(side: tuple[Operand, OperandRefs], place: ScalePlace, shifts, tile_start, offset, length, axis: int):
@@ -303,7 +303,7 @@ def _load_scales(side: tuple[Operand, OperandRefs], place: ScalePlace, shifts, t
         return load(refs.scales_smem.at[place.slot, pl.ds(offset, length)], layout=layout)
     first_block, block = (lax.div(row, SCALE_BLOCK_ROWS) for row in (tile_start, tile_start + offset))
     if not operand.keeps_block_scales:
-        return refs.scales_gmem[lax.min(block, operand.num_scale_blocks - 1) * operand.k_tiles + place.k_index]
+        return refs.scales_gmem[operand.scale_block(place.group, block) * operand.k_tiles + place.k_index]
     if operand.blocks_per_tile == 1:
         return refs.scales_smem[place.warpgroup, 0, shifts[0] + place.k_index]
     shift = shifts[0]

@@ -3,13 +3,13 @@
 import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
-from jax import lax
+import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxgemm.kernels import epilogue, split_k
-from jaxgemm.kernels.mainloop import KRange, Operand, loads_scales_late, operand_buffers
-from jaxgemm.kernels.schedule import LOCAL_AXIS, SHARE_AXIS, SPLIT_AXIS, DenseSchedule
+from jaxgemm.kernels.group_schedule import KGroupSchedule, RowGroupSchedule, k_table, most_row_tiles, row_table
+from jaxgemm.kernels.mainloop import Operand, loads_scales_late, operand_buffers
+from jaxgemm.kernels.schedule import LOCAL_AXIS, SHARE_AXIS, DenseSchedule, TileSchedule
 from jaxgemm.kernels.wave import TILE_K, WAVE_ROWS
 from jaxgemm.layout import align_up, cdiv
 from jaxgemm.problem import GemmProblem
@@ -67,11 +67,35 @@ class Plan:
         return align_up(self.config.tile_n, 64)
 
     @property
-    def schedule(self) -> DenseSchedule:
+    def stores_ragged(self) -> bool:
+        """Whether rows past the end of a tile's group belong to another tile, and so must not be stored."""
+        return self.problem.kind == "grouped"
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """The output as the kernel writes it."""
+        return *self.problem.out_shape[:-1], self.padded_n
+
+    def schedule(self, table: Any = None) -> TileSchedule:
+        """The order of the tiles; `table` is the reference to `group_table`'s result, None if there is none."""
         problem, config = self.problem, self.config
+        if problem.kind in ("grouped", "masked"):
+            row_tiles, column_tiles = most_row_tiles(problem, config.tile_m), cdiv(problem.n, config.tile_n)
+            tiles = config.tile_m, config.tile_n, column_tiles
+            return RowGroupSchedule(table, row_tiles, *tiles, config.band, config.swap_operands)
         extents = (problem.n, problem.m) if config.swap_operands else (problem.m, problem.n)
         along_columns = config.band_along_n != config.swap_operands
-        return DenseSchedule(*extents, self.rows.tile, self.columns.tile, config.share, config.band, along_columns)
+        dense = DenseSchedule(
+            *extents, self.rows.tile, self.columns.tile, self.k_tiles,
+            config.split_k, config.share, config.band, along_columns,
+        )  # fmt: skip
+        return KGroupSchedule(table, problem.num_groups, dense) if problem.kind == "k_grouped" else dense
+
+    def group_table(self, sizes: jax.Array) -> jax.Array:
+        """What the schedule reads on the device, from `group_sizes` or `masked_m`."""
+        if self.problem.kind == "k_grouped":
+            return k_table(self.problem, sizes)
+        return row_table(self.problem, self.config.tile_m, sizes)
 
     @property
     def output_columns(self) -> int:
@@ -84,22 +108,17 @@ class Plan:
 def make_plan(problem: GemmProblem, config: GemmConfig, num_sms: int) -> Plan:
     """Describes the kernel for a problem and a configuration that is valid for it."""
 
-    def operand(rows, tile, block_shape, dtype, is_rows):
-        k_tiles = cdiv(problem.k, TILE_K)
-        return Operand(tile, block_shape[0] == 1, cdiv(rows, 128), k_tiles, dtype, is_rows and config.share > 1)
+    def operand(rows, tile, block_shape, dtype, is_rows, has_groups):
+        k_tiles, groups = cdiv(problem.k, TILE_K), problem.num_groups if has_groups else 0
+        multicast = is_rows and config.share > 1
+        return Operand(tile, block_shape[0] == 1, cdiv(rows, 128), k_tiles, dtype, multicast, groups)
 
-    lhs = operand(problem.m, config.tile_m, problem.lhs_block_shape, problem.lhs_dtype, not config.swap_operands)
-    rhs = operand(problem.n, config.tile_n, problem.rhs_block_shape, problem.rhs_dtype, config.swap_operands)
+    kind, swap = problem.kind, config.swap_operands
+    lhs = operand(problem.m, config.tile_m, problem.lhs_block_shape, problem.lhs_dtype, not swap, kind == "masked")
+    rhs = operand(
+        problem.n, config.tile_n, problem.rhs_block_shape, problem.rhs_dtype, swap, kind in ("grouped", "masked")
+    )
     return Plan(problem, config, lhs, rhs, num_sms)
-
-
-def k_range(plan: Plan) -> KRange:
-    """The k tiles of this block: all, or its share of them."""
-    if plan.config.split_k == 1:
-        return KRange(0, plan.k_tiles)
-    rank = lax.axis_index(SPLIT_AXIS)
-    first, end = (lax.div((rank + i) * plan.k_tiles, jnp.int32(plan.config.split_k)) for i in (0, 1))
-    return KRange(first, end - first)
 
 
 def scratch_types(plan: Plan, bias_dtype: Any) -> dict[str, Any]:

@@ -28,15 +28,37 @@ LOCAL_AXIS = "local"
 """Cluster axis of size one, for cluster barriers that stay within a block (one arrival a warpgroup, not 128)."""
 
 
+class KRange(NamedTuple):
+    """The k tiles that are summed for a tile of the output: the first one, and how many; none make it zero."""
+
+    first: Any
+    num_tiles: Any
+
+
 class Tile(NamedTuple):
-    """One tile of the output: where it starts along each operand's rows, in elements (int32 scalars)."""
+    """One tile of the output; int32 scalars.
+
+    Attributes:
+        row_start: its first row of the operand on the M side of wgmma.
+        column_start: its first row of the operand on the N side.
+        k: its k tiles.
+        group: its group; None if there are none.
+        rows_left: rows of lhs from its start to the end of its group, 0 if past it; None if every row counts.
+    """
 
     row_start: jax.Array
     column_start: jax.Array
+    k: KRange
+    group: jax.Array | None = None
+    rows_left: jax.Array | None = None
 
 
 class TileSchedule(Protocol):
-    """What the main loop needs to know of a schedule."""
+    """What the kernel needs to know of a schedule."""
+
+    @property
+    def most_tiles(self) -> int:
+        """A static bound on `num_tiles`."""
 
     @property
     def num_tiles(self) -> int | jax.Array:
@@ -57,6 +79,8 @@ class DenseSchedule:
         columns: columns of the output.
         tile_rows: rows of a tile.
         tile_columns: columns of a tile.
+        k_tiles: k tiles in all.
+        split_k: blocks of a cluster that share them out.
         share: blocks of a cluster that take neighbouring tiles along the columns.
         band: width of a band, in tiles.
         band_along_columns: whether a band is so many tiles of columns wide.
@@ -66,6 +90,8 @@ class DenseSchedule:
     columns: int
     tile_rows: int
     tile_columns: int
+    k_tiles: int
+    split_k: int = 1
     share: int = 1
     band: int = 8
     band_along_columns: bool = False
@@ -80,13 +106,26 @@ class DenseSchedule:
         """Tiles in all; those of one cluster count once."""
         return self.grid[0] * self.grid[1]
 
+    @property
+    def most_tiles(self) -> int:
+        """`num_tiles`."""
+        return self.num_tiles
+
     def tile(self, index: jax.Array) -> Tile:
         """The tile of this number."""
         minor = int(self.band_along_columns)
         row, column = plgpu.planar_snake(index, self.grid, minor, min(self.band, self.grid[minor]))
         if self.share > 1:
             column = column * self.share + lax.axis_index(SHARE_AXIS)
-        return Tile(row * self.tile_rows, column * self.tile_columns)
+        return Tile(row * self.tile_rows, column * self.tile_columns, self._k_range())
+
+    def _k_range(self) -> KRange:
+        """The k tiles of this block: all, or its share of them."""
+        if self.split_k == 1:
+            return KRange(0, self.k_tiles)
+        rank = lax.axis_index(SPLIT_AXIS)
+        first, end = (lax.div((rank + i) * self.k_tiles, jnp.int32(self.split_k)) for i in (0, 1))
+        return KRange(first, end - first)
 
 
 def first_tile(schedule: TileSchedule) -> Tile:

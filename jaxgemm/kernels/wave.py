@@ -19,8 +19,12 @@ TILE_K = 128
 INSTRUCTION_K = 32
 """Depth of one FP8 wgmma (PTX ISA, `wgmma.mma_async`)."""
 
-OPERAND_TRANSFORMS = (plgpu.TilingTransform((8, TILE_K)), plgpu.SwizzleTransform(TILE_K))
-"""How an FP8 operand lies in shared memory: 8x128 tiles, swizzled by 128 bytes, k innermost."""
+OPERAND_TRANSFORMS = (plgpu.SwizzleTransform(TILE_K),)
+"""How an FP8 operand lies in shared memory: rows of 128 bytes, swizzled in eights.
+
+NOTE: one 8x128 tile above the other is the same bytes, and what Pallas' own wgmma asks for; but the copy of a tiled
+operand must start at a multiple of 8 rows, and a group of rows starts anywhere.
+"""
 
 ACCUMULATOR_LAYOUT = plgpu.Layout.WGMMA
 

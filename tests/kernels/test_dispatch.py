@@ -67,3 +67,39 @@ def test_weight_gradients_are_rounded_by_the_kernel():
     x, w = random(0, 256, 512, dtype=jnp.bfloat16), random(1, 512, 384, dtype=jnp.bfloat16)
     text = lowered(jax.grad(lambda w: jaxgemm.fp8_dot(x, w).astype(jnp.float32).sum()), w)
     assert "tensor<512x384xf32>" not in text
+
+
+def test_groups_train_on_the_kernels_when_asked():
+    x, w, sizes = random(0, 300, 256), random(1, 3, 256, 200), jnp.array([100, 0, 150])
+    dot = functools.partial(jaxgemm.grouped_fp8_dot, implementation="mosaic")
+    text = lowered(jax.grad(lambda x, w, b: (dot(x, w, sizes, b) ** 2).sum(), (0, 1, 2)), x, w, random(2, 3, 200))
+    assert text.count(GEMM_KERNEL) == 3 and "dot_general" not in text
+
+
+def test_masked_groups_train_on_the_kernels_when_asked():
+    x, w, sizes = random(0, 3, 40, 256), random(1, 3, 256, 200), jnp.array([40, 0, 15])
+    dot = functools.partial(jaxgemm.masked_grouped_fp8_dot, implementation="mosaic")
+    text = lowered(jax.grad(lambda x, w: (dot(x, w, sizes) ** 2).sum(), (0, 1)), x, w)
+    assert text.count(GEMM_KERNEL) == 3 and "dot_general" not in text
+
+
+def test_weight_gradients_of_groups_add_to_an_array():
+    sizes, total = jnp.array([100, 0, 150]), jnp.zeros((3, 64, 48))
+    x, dout = (jaxgemm.quantize_grouped(random(i, 300, n), sizes) for i, n in enumerate((64, 48)))
+    product = functools.partial(jaxgemm.k_grouped_gemm, implementation="mosaic", preferred_element_type=jnp.bfloat16)
+    text = lowered(lambda *args: product(*args[:3], accumulate=args[3]), x, dout, sizes, total)
+    assert text.count(GEMM_KERNEL) == 1 and "tensor<3x64x48xbf16>" in text
+
+
+def test_segments_that_are_not_aligned_are_refused():
+    lhs, rhs = operands(16, 24, 256, rhs_block=(1, 128))
+    with pytest.raises(NotImplementedError, match="must start at a multiple of 128"):
+        lowered(functools.partial(jaxgemm.k_grouped_gemm, implementation="mosaic"), lhs, rhs, jnp.array([3, 100]))
+
+
+def test_groups_are_left_to_xla_unless_asked_and_say_so(caplog):
+    dispatch._warn_once.cache_clear()
+    x, w, sizes = random(0, 30, 256), random(1, 3, 256, 200), jnp.array([10, 0, 15])
+    with caplog.at_level(logging.WARNING, "jaxgemm"):
+        assert GEMM_KERNEL not in lowered(jaxgemm.grouped_fp8_dot, x, w, sizes)
+    assert any("has not been run on a GPU yet" in record.message for record in caplog.records)

@@ -7,42 +7,30 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from kernel_support import (
+    ACTIVATIONS,
+    BF16,
+    BOUNDS,
+    E4M3,
+    E5M2,
+    F16,
+    F32,
+    ROW,
+    SQUARE,
+    assert_close,
+    interpreted,
+    lowered,
+    operand,
+    stored_shapes,
+)
 
 from jaxgemm.kernels.hopper_gemm import hopper_gemm
-from jaxgemm.layout import align_up, cdiv
 from jaxgemm.problem import GemmProblem
 from jaxgemm.tuning import SHARED_MEMORY_BYTES, GemmConfig, choose_config, shared_memory_bytes, why_invalid
-
-interpreted = pytest.mark.skipif(not hasattr(plgpu, "InterpretGPUParams"), reason="needs Pallas' GPU interpreter")
-lowered = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="needs Mosaic GPU of jax 0.11")
-
-ROW, SQUARE = (1, 128), (128, 128)
-E4M3, E5M2 = np.dtype(jnp.float8_e4m3fn), np.dtype(jnp.float8_e5m2)
-BF16, F16, F32 = (np.dtype(d) for d in (jnp.bfloat16, jnp.float16, jnp.float32))
 
 
 def problem(m, n, k, *, lhs=ROW, rhs=SQUARE, lhs_dtype=E4M3, rhs_dtype=E4M3, out=BF16, bias=False, activation=None):
     return GemmProblem("dense", m, n, k, lhs_dtype, rhs_dtype, lhs, rhs, out, has_bias=bias, activation=activation)
-
-
-def scales_shape(rows, k, block_shape):
-    k_tiles = cdiv(k, 128)
-    return (k_tiles, align_up(rows, 4)) if block_shape == ROW else (cdiv(rows, 128), k_tiles)
-
-
-def operand(rng, rows, k, block_shape, dtype, poison):
-    """Stored values and scales, and the float64 array they stand for; unread padding may be poisoned with NaN."""
-    values = np.zeros((align_up(rows, 8), align_up(k, 128)), np.float32)
-    values[:rows, :k] = rng.standard_normal((rows, k)) * 8
-    values = values.astype(dtype)
-    scales = rng.uniform(0.5, 2, scales_shape(rows, k, block_shape)).astype(np.float32)
-    by_row = scales.T[:rows] if block_shape == ROW else np.repeat(scales, 128, axis=0)[:rows]
-    dequantized = values[:rows].astype(np.float64) * np.repeat(by_row, 128, axis=1)
-    if poison:
-        values[rows:] = np.nan
-        if block_shape == ROW:
-            scales[:, rows:] = np.nan
-    return values, scales, dequantized
 
 
 def run(problem, config, *, seed=0, num_sms=2, poison=False, lhs_override=None):
@@ -62,23 +50,7 @@ def run(problem, config, *, seed=0, num_sms=2, poison=False, lhs_override=None):
     return np.asarray(out), np.asarray(ACTIVATIONS[problem.activation](expected), np.float64)
 
 
-ACTIVATIONS = {
-    None: lambda x: x,
-    "relu": lambda x: np.maximum(x, 0),
-    "silu": lambda x: x / (1 + np.exp(-np.clip(x, -500, None))),
-    "gelu": lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
-}
-
-
-def assert_close(out, expected, bound):
-    assert out.shape == expected.shape
-    out = out.astype(np.float64)
-    assert np.isfinite(out).all()
-    assert ((out - expected) ** 2).sum() <= bound * (out * out + expected * expected).sum()
-
-
 SMALL = GemmConfig(128, 128, 2)
-BOUNDS = {BF16: 1e-5, F16: 1e-6, F32: 1e-10}
 
 CASES = {
     "one tile": (problem(7, 7, 7), SMALL),
@@ -161,16 +133,8 @@ SHAPES = [
 
 
 def lower(described, config):
-    shape = jax.ShapeDtypeStruct
-    args = [
-        shape((align_up(described.m, 8), align_up(described.k, 128)), described.lhs_dtype),
-        shape(scales_shape(described.m, described.k, described.lhs_block_shape), jnp.float32),
-        shape((align_up(described.n, 8), align_up(described.k, 128)), described.rhs_dtype),
-        shape(scales_shape(described.n, described.k, described.rhs_block_shape), jnp.float32),
-        shape((described.n,), jnp.float32) if described.has_bias else None,
-    ]
     kernel = functools.partial(hopper_gemm, problem=described, config=config, num_sms=132)
-    return jax.jit(kernel).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    return jax.jit(kernel).trace(*stored_shapes(described)).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @lowered

@@ -82,13 +82,33 @@ def test_invalid_configurations_say_why(config, reason):
     assert reason in why_invalid(problem(4096, 4096, 7168), config)
 
 
-def test_other_kinds_and_empty_problems_are_refused():
+def test_what_no_configuration_serves_is_refused():
     described = problem(64, 64, 64)
     config = GemmConfig(128, 128, 3)
-    assert "grouped" in why_invalid(dataclasses.replace(described, kind="grouped"), config)
+    groups = dataclasses.replace(described, kind="grouped", num_groups=3)
+    assert why_invalid(groups, config) is None
+    assert "clusters" in why_invalid(groups, dataclasses.replace(config, share=2))
+    assert "positive" in why_invalid(dataclasses.replace(groups, num_groups=0), config)
     assert "positive" in why_invalid(dataclasses.replace(described, m=0), config)
     assert "share" in why_invalid(problem(4096, 4096, 4096, ROW), dataclasses.replace(config, share=2))
     assert "registers" in why_invalid(problem(4096, 4096, 4096, ROW), GemmConfig(256, 128, 3))
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes, sizes, sizes, st.integers(1, 300), st.sampled_from(["grouped", "masked", "k_grouped"]), st.booleans())
+def test_groups_have_a_valid_configuration(m, n, k, groups, kind, is_decoding):
+    options = dict(kind=kind, num_groups=groups, expected_m=1 + m // 3 if kind == "masked" and is_decoding else None)
+    described = dataclasses.replace(problem(m, n, k, ROW if kind == "k_grouped" else SQUARE), **options)
+    config = choose_config(described, 132)
+    assert why_invalid(described, config) is None
+    assert predicted_microseconds(described, config, 132) > 0
+
+
+def test_few_rows_a_group_take_narrow_tiles_and_many_take_high_ones():
+    decoding = dataclasses.replace(problem(64, 7168, 2048), kind="masked", num_groups=32, expected_m=20)
+    training = dataclasses.replace(problem(32768, 7168, 2048), kind="grouped", num_groups=8)
+    assert choose_config(decoding, 132).swap_operands and choose_config(decoding, 132).tile_m < 64
+    assert choose_config(training, 132).tile_m >= 192
 
 
 @pytest.mark.parametrize("key", MEASURED, ids=str)
