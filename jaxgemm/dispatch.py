@@ -121,18 +121,15 @@ def _run_xla(problem: GemmProblem, *operands: Any) -> jax.Array:
 def _run_mosaic(problem: GemmProblem, *operands: Any) -> jax.Array:
     from jaxgemm.kernels.hopper_gemm import hopper_gemm  # loads Pallas, which importing jaxgemm must not
 
-    lhs_values, lhs_scales, rhs_values, rhs_scales, *rest = operands
-    addend: Any = rest.pop(0) if problem.has_bias or problem.accumulate else None
-    sizes = rest.pop(0) if rest else None
+    *stored, sizes = operands if problem.kind != "dense" else (*operands, None)
     num_sms = sm_count()
-    bias = addend if problem.has_bias else None
+    bias = stored.pop() if problem.has_bias else None
+    accumulate = stored.pop() if problem.accumulate else None
     # What is added to a given array is summed in float32, and rounded after that.
     computed = dataclasses.replace(problem, out_dtype=np.dtype(np.float32)) if problem.accumulate else problem
     config = tuning.choose_config(computed, num_sms)
-    out = hopper_gemm(
-        lhs_values, lhs_scales, rhs_values, rhs_scales, bias, sizes, problem=computed, config=config, num_sms=num_sms
-    )
-    return out if bias is addend else (addend + out).astype(problem.out_dtype)
+    run: Any = functools.partial(hopper_gemm, problem=computed, config=config, num_sms=num_sms)
+    return run(*stored, bias, sizes, accumulate).astype(problem.out_dtype)
 
 
 def _why_not_hopper(platform: str) -> str | None:

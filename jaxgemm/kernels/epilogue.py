@@ -96,7 +96,13 @@ def zero_masked(
 
 
 def store_wave(
-    sums: list[jax.Array], out_smem: Any, out_gmem: Any, row: jax.Array, column: jax.Array, rows_left: Any = None
+    sums: list[jax.Array],
+    out_smem: Any,
+    out_gmem: Any,
+    row: jax.Array,
+    column: jax.Array,
+    rows_left: Any = None,
+    adds: bool = False,
 ) -> None:
     """Stores one wave as `[64, tile_columns]` of the output; what lies past its end is clipped by TMA.
 
@@ -109,7 +115,9 @@ def store_wave(
         row: first row of the output.
         column: first column of the output.
         rows_left: how many of the rows to store, at most (int32 scalar; may be negative); None for all.
+        adds: whether to add to what the output holds; each element once, so the result is the same in every run.
     """
+    copy = functools.partial(plgpu.copy_smem_to_gmem, commit_group=False, reduction_op="add" if adds else None)
     num_chunks, chunk = out_smem.shape[0], out_smem.shape[-1]
     pieces = [part[:, i : i + chunk] for part in sums for i in range(0, part.shape[1], chunk)]
     for first in range(0, len(pieces), num_chunks):
@@ -123,7 +131,7 @@ def store_wave(
             for index in range(len(staged)):
                 window = pl.ds(row + offset, length), pl.ds(column + (first + index) * chunk, chunk)
                 source = out_smem.at[index, pl.ds(offset, length)]
-                plgpu.copy_smem_to_gmem(source, out_gmem.at[window], commit_group=False)
+                copy(source, out_gmem.at[window])
 
         _store_ladder(store_rows, WAVE_ROWS, rows_left)
         plgpu.commit_smem_to_gmem_group()

@@ -107,12 +107,13 @@ def load_role(plan: Plan, schedule: TileSchedule, sides: Sides, bias_gmem: Any, 
 
 
 def compute_role(
-    plan: Plan, schedule: TileSchedule, sides: Sides, out_gmem: Any, smem: dict[str, Any], multiply: Any
+    plan: Plan, schedule: TileSchedule, sides: Sides, out_gmem: Any, smem: dict[str, Any], multiply: Any, adds: bool
 ) -> None:
-    """A compute warpgroup: sums its rows of each tile, then stores them."""
+    """A compute warpgroup: sums its rows of each tile, then stores them, or adds them to what is there."""
     problem, config = plan.problem, plan.config
     warpgroup = lax.axis_index("warpgroup")
     first_row = warpgroup * (plan.num_waves * WAVE_ROWS)
+    store_wave = functools.partial(epilogue.store_wave, adds=adds)
 
     def compute_one_tile(tile, upcoming, carry):
         slot, block_scales = carry
@@ -149,7 +150,7 @@ def compute_role(
             parts = epilogue.zero_masked(parts, row, column, tile.rows_left, config.swap_operands)
         elif plan.stores_ragged and problem.has_bias:
             parts = [part * (tile.k.num_tiles > 0).astype(jnp.float32) for part in parts]  # rows of no group
-        store = epilogue.store_wave_transposed if config.swap_operands else epilogue.store_wave
+        store = epilogue.store_wave_transposed if config.swap_operands else store_wave
         out = out_gmem.at[tile.group] if len(plan.out_shape) == 3 else out_gmem
         lhs_offset = column if config.swap_operands else row
         rows_left = tile.rows_left - lhs_offset if plan.stores_ragged else None
@@ -189,6 +190,7 @@ def hopper_gemm(
     rhs_scales: jax.Array,
     bias: jax.Array | None,
     sizes: jax.Array | None = None,
+    accumulate: jax.Array | None = None,
     *,
     problem: GemmProblem,
     config: GemmConfig,
@@ -205,6 +207,7 @@ def hopper_gemm(
         rhs_scales: float32, as for lhs, of n; grouped or masked, `g` of them.
         bias: float `[n]` or None; grouped or masked `[g, n]`.
         sizes: int32 `[g]`, `group_sizes` or `masked_m`; None if dense.
+        accumulate: float32 of the output's shape to add to, or None; k-grouped only.
         problem: what is computed.
         config: tiles; valid for the problem.
         num_sms: streaming multiprocessors of the device: blocks to launch.
@@ -214,6 +217,7 @@ def hopper_gemm(
         `problem.out_shape` of `problem.out_dtype`.
     """
     plan = make_plan(problem, config, num_sms)
+    adds = plan.adds and not interpret  # the interpreter cannot add on the way out
     multiply = functools.partial(multiply_wave_portable if interpret else multiply_wave, num_warpgroups=plan.num_turns)
 
     def kernel(*refs, **smem):
@@ -234,11 +238,11 @@ def hopper_gemm(
         def compute():
             plgpu.set_max_registers(compute_registers, action="increase")
             with turns(warpgroup, plan.num_turns, interpret):
-                compute_role(plan, schedule, sides, refs[-1], smem, multiply)
+                compute_role(plan, schedule, sides, refs[-1], smem, multiply, adds)
 
     call = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct(plan.out_shape, problem.out_dtype),
+        out_type=() if adds else jax.ShapeDtypeStruct(plan.out_shape, problem.out_dtype),
         scratch_types=scratch_types(plan, None if bias is None else bias.dtype),
         grid=(min(num_sms // (config.share * config.split_k), plan.schedule().most_tiles),),
         grid_names=(SM_AXIS,),
@@ -261,5 +265,10 @@ def hopper_gemm(
         operands.append(bias.reshape(-1))
     if sizes is not None:
         operands.append(plan.group_table(sizes))
+    if adds:
+        total = jax.new_ref(accumulate)
+        call(*operands, total)
+        return total[...]
     out = call(*operands)
-    return out if plan.padded_n == problem.n else out[..., : problem.n]
+    out = out if plan.padded_n == problem.n else out[..., : problem.n]
+    return out if accumulate is None else accumulate + out

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxgemm.kernels import epilogue, split_k
@@ -70,6 +71,11 @@ class Plan:
     def stores_ragged(self) -> bool:
         """Whether rows past the end of a tile's group belong to another tile, and so must not be stored."""
         return self.problem.kind == "grouped"
+
+    @property
+    def adds(self) -> bool:
+        """Whether the kernel itself adds to the given array: it must be laid out as the kernel writes."""
+        return self.problem.accumulate and self.problem.out_dtype == np.float32 and self.padded_n == self.problem.n
 
     @property
     def out_shape(self) -> tuple[int, ...]:
