@@ -45,6 +45,8 @@ class GemmConfig:
         split_k: blocks of a cluster that sum parts of k of the same tile; only if swapped.
         band: width of a band of tiles walked together, to reuse the L2 cache.
         band_along_n: whether bands are so many tiles of n wide, not of m.
+        masked_store: whether an output whose rows are no multiple of 16 bytes is stored element by element; else it is
+            stored padded, and cut to size by a copy.
     """
 
     tile_m: int
@@ -56,6 +58,7 @@ class GemmConfig:
     split_k: int = 1
     band: int = 8
     band_along_n: bool = False
+    masked_store: bool = False
 
     @property
     def tile_rows(self) -> int:

@@ -15,6 +15,7 @@ loading warp waits. `bias_full`, `bias_empty`: the same for the bias of a tile.
 """
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -35,6 +36,7 @@ from jaxgemm.kernels.mainloop import (
     load_block_scales,
     load_tile,
 )
+from jaxgemm.kernels.masked_store import store_masked
 from jaxgemm.kernels.plan import Plan, make_plan, scratch_types
 from jaxgemm.kernels.schedule import (
     LOCAL_AXIS,
@@ -150,11 +152,27 @@ def compute_role(
             parts = epilogue.zero_masked(parts, row, column, tile.rows_left, config.swap_operands)
         elif plan.stores_ragged and problem.has_bias:
             parts = [part * (tile.k.num_tiles > 0).astype(jnp.float32) for part in parts]  # rows of no group
+        if plan.stores_masked:
+            return finish_masked(parts, tile, row, column)
         store = epilogue.store_wave_transposed if config.swap_operands else store_wave
         out = out_gmem.at[tile.group] if len(plan.out_shape) == 3 else out_gmem
         lhs_offset = column if config.swap_operands else row
         rows_left = tile.rows_left - lhs_offset if plan.stores_ragged else None
         store(parts, smem["out_smem"].at[warpgroup], out, tile.row_start + row, tile.column_start + column, rows_left)
+
+    def finish_masked(parts, tile, row, column):
+        """Stores one wave element by element."""
+        swap, first_group_row = config.swap_operands, tile.group * problem.m if len(plan.out_shape) == 3 else 0
+        for part in parts:
+            offset_m, offset_n = (column, row) if swap else (row, column)
+            start_m, start_n = (tile.column_start, tile.row_start) if swap else (tile.row_start, tile.column_start)
+            rows_left = problem.m - start_m - offset_m
+            if plan.stores_ragged:
+                rows_left = lax.min(rows_left, tile.rows_left - offset_m)
+            place = first_group_row + start_m + offset_m, start_n + offset_n
+            columns_left = problem.n - place[1]
+            store_masked(part.astype(problem.out_dtype), out_gmem, *place, rows_left, columns_left, swap)
+            column = column + part.shape[1]
 
     def finish_split_wave(sums, tile):
         rank, width = lax.axis_index(SPLIT_AXIS), plan.output_columns
@@ -216,6 +234,8 @@ def hopper_gemm(
     Returns:
         `problem.out_shape` of `problem.out_dtype`.
     """
+    if interpret:  # which cannot run what stores element by element
+        config = dataclasses.replace(config, masked_store=False)
     plan = make_plan(problem, config, num_sms)
     adds = plan.adds and not interpret  # the interpreter cannot add on the way out
     multiply = functools.partial(multiply_wave_portable if interpret else multiply_wave, num_warpgroups=plan.num_turns)

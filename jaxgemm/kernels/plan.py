@@ -58,9 +58,15 @@ class Plan:
         return cdiv(self.problem.k, TILE_K)
 
     @property
+    def stores_masked(self) -> bool:
+        """Whether the output is stored element by element, since TMA cannot address its rows."""
+        return self.config.masked_store and self.problem.n * self.problem.out_dtype.itemsize % 16 != 0
+
+    @property
     def padded_n(self) -> int:
-        """Columns of the output with each row a multiple of 16 bytes, as TMA demands."""
-        return align_up(self.problem.n, 16 // self.problem.out_dtype.itemsize)
+        """Columns of the output as stored: each row a multiple of 16 bytes, as TMA demands, if TMA stores it."""
+        aligned = align_up(self.problem.n, 16 // self.problem.out_dtype.itemsize)
+        return self.problem.n if self.stores_masked else aligned
 
     @property
     def bias_slab(self) -> int:
@@ -74,8 +80,8 @@ class Plan:
 
     @property
     def adds(self) -> bool:
-        """Whether the kernel itself adds to the given array: it must be laid out as the kernel writes."""
-        return self.problem.accumulate and self.problem.out_dtype == np.float32 and self.padded_n == self.problem.n
+        """Whether the kernel itself adds to the given array: TMA must be able to."""
+        return self.problem.accumulate and self.problem.out_dtype == np.float32 and self.problem.n % 4 == 0
 
     @property
     def out_shape(self) -> tuple[int, ...]:

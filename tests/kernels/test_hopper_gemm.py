@@ -1,5 +1,6 @@
 """The Hopper kernel: run by Pallas' GPU interpreter on small shapes, and lowered for CUDA on real ones."""
 
+import dataclasses
 import functools
 
 import jax
@@ -157,6 +158,15 @@ def test_split_k_and_sharing_lower_for_cuda():
         described = problem(16, 4096, 7168, bias=True)
         assert why_invalid(described, config) is None
         assert "mosaic_gpu" in lower(described, config)
+
+
+@lowered
+@pytest.mark.parametrize("config", [GemmConfig(256, 128, 3), GemmConfig(16, 64, 8, 1, swap_operands=True)], ids=str)
+def test_odd_rows_need_no_copy_of_the_output(config):
+    described = problem(16, 4100, 7168, bias=True)
+    padded = lower(described, config)
+    direct = lower(described, dataclasses.replace(config, masked_store=True))
+    assert "tensor<16x4104xbf16>" in padded and "tensor<16x4104xbf16>" not in direct
 
 
 @lowered

@@ -220,3 +220,14 @@ def test_lowers_for_cuda(kind, m, n, k, groups):
     lower = functools.partial(hopper_gemm, problem=described, config=config, num_sms=132)
     text = jax.jit(lower).trace(*stored_shapes(described)).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("mosaic_gpu") >= 1
+
+
+@lowered
+@pytest.mark.parametrize("kind, swap", [("grouped", False), ("grouped", True), ("masked", True)])
+def test_odd_rows_of_groups_lower_without_a_copy(kind, swap):
+    described = problem(kind, 100, 4100, 2048, 8)
+    config = GemmConfig(16, 64, 8, 1, swap_operands=True) if swap else GemmConfig(128, 128, 4)
+    config = dataclasses.replace(config, masked_store=True)
+    lower = functools.partial(hopper_gemm, problem=described, config=config, num_sms=132)
+    text = jax.jit(lower).trace(*stored_shapes(described)).lower(lowering_platforms=("cuda",)).as_text()
+    assert "4104xbf16" not in text
