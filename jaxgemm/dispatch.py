@@ -89,19 +89,24 @@ def run_gemm(problem: GemmProblem, platform: str, implementation: str | None, *o
     return runners[chosen](problem, *operands)
 
 
-def run_quantize(problem: QuantizeProblem, platform: str, implementation: str | None, x: jax.Array) -> list[jax.Array]:
-    """Quantises with the implementation chosen for the platform."""
-    chosen = choose(problem, platform, implementation)
-    if chosen == "xla" or x.size == 0:
-        return reference.quantize(x, problem)
-    from jaxgemm.kernels.hopper_quantize import default_config, hopper_quantize  # loads Pallas, as below
+def run_quantize(
+    problem: QuantizeProblem, platform: str, implementation: str | None, *inputs: jax.Array
+) -> list[jax.Array]:
+    """Quantises with the implementation chosen for the platform.
 
-    return hopper_quantize(
-        x,
-        problem=problem,
-        config=default_config(problem, x.dtype),
-        num_sms=sm_count(),
-    )
+    A kernel that cannot take a function's inputs (float32 tiles of two do not fit) quantises what XLA makes of them.
+    """
+    chosen = choose(problem, platform, implementation)
+    if chosen == "xla" or any(x.size == 0 for x in inputs):
+        return reference.quantize(problem, *inputs)
+    from jaxgemm.kernels import hopper_quantize as kernels  # loads Pallas, as below
+
+    shapes, dtype = [x.shape for x in inputs], inputs[0].dtype
+    if problem.function is None or kernels.why_not(problem, dtype, shapes) is None:
+        config = kernels.default_config(problem, dtype)
+        return kernels.hopper_quantize(*inputs, problem=problem, config=config, num_sms=sm_count())
+    results = zip(reference.apply_function(problem, *inputs), problem.results(shapes), strict=True)
+    return [y for x, (plain, _) in results for y in run_quantize(plain, platform, chosen, x)]
 
 
 def _run_xla(problem: GemmProblem, *operands: Any) -> jax.Array:

@@ -30,9 +30,11 @@ def run_gemm(problem: GemmProblem, platform: str, implementation: str | None, *o
     return _run(problem, platform, implementation, *operands)
 
 
-def run_quantize(problem: QuantizeProblem, platform: str, implementation: str | None, x: jax.Array) -> list[jax.Array]:
+def run_quantize(
+    problem: QuantizeProblem, platform: str, implementation: str | None, *inputs: jax.Array
+) -> list[jax.Array]:
     """`dispatch.run_quantize`, split over the mesh that the program is compiled for."""
-    return _run(problem, platform, implementation, x)
+    return _run(problem, platform, implementation, *inputs)
 
 
 def _run(problem: Any, platform: str, implementation: str | None, *operands: Any) -> Any:
@@ -48,7 +50,7 @@ def _run(problem: Any, platform: str, implementation: str | None, *operands: Any
 def _partitioned(problem: Any, platform: str, implementation: str | None, shapes: tuple) -> Any:
     """Returns the function that computes `problem`, with its rules attached."""
     is_gemm = isinstance(problem, GemmProblem)
-    rule = gemm_rule(problem, shapes) if is_gemm else quantize_rule(problem, *shapes)
+    rule = gemm_rule(problem, shapes) if is_gemm else quantize_rule(problem, shapes)
     choose = rule.split_product if is_gemm else rule.split_pass
 
     def whole(*operands: Any) -> Any:
@@ -130,14 +132,16 @@ def local_quantize(
     implementation: str | None,
     rule: SplitRule,
     split: Split,
-    x: jax.Array,
+    *inputs: jax.Array,
 ) -> list[jax.Array]:
-    """One device's share of a quantising pass; a column sum is added over the mesh."""
-    del rule
-    outputs = dispatch.run_quantize(problem, platform, implementation, x)
-    if problem.column_sum and "r" in split.letters:
-        outputs[-1] = jax.lax.psum(outputs[-1], split.letters["r"])
-    return outputs
+    """One device's share of a quantising pass; column sums are added over the mesh."""
+    outputs = dispatch.run_quantize(problem, platform, implementation, *inputs)
+    axes = split.letters.get("r")
+    if not axes:
+        return outputs
+    # Of all results, a column sum alone has no rows.
+    pairs = zip(outputs, rule.results, strict=True)
+    return [x if {"r", "r/"} & set(dims) else jax.lax.psum(x, axes) for x, dims in pairs]
 
 
 def _sum(problem: GemmProblem, split: Split, partial: jax.Array, sizes: Any) -> tuple[jax.Array, GemmProblem, Any]:

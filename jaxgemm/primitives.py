@@ -53,18 +53,19 @@ def bind_gemm(problem: GemmProblem, implementation: str | None, *operands: Any) 
     return run_automatic(bind, out_entries, *matched)
 
 
-def bind_quantize(x: jax.Array, problem: QuantizeProblem, implementation: str | None) -> list[jax.Array]:
+def bind_quantize(problem: QuantizeProblem, implementation: str | None, *inputs: jax.Array) -> list[jax.Array]:
     """Binds `fp8_quantize`; results as in `reference.quantize`."""
-    rule = quantize_rule(problem, x.shape)
+    matched = match_varying(inputs)
+    rule = quantize_rule(problem, [x.shape for x in inputs])
 
-    def bind(x: jax.Array) -> list[jax.Array]:
-        return fp8_quantize_p.bind(x, problem=problem, implementation=implementation)
+    def bind(*inputs: jax.Array) -> list[jax.Array]:
+        return fp8_quantize_p.bind(*inputs, problem=problem, implementation=implementation)
 
     def out_entries() -> Any:
-        by_label = entries_by_label([x], rule.operands)
+        by_label = entries_by_label(inputs, rule.operands)
         return [tuple(by_label.get(label.removesuffix("/")) for label in labels) for labels in rule.results]
 
-    return run_automatic(bind, out_entries, x)
+    return run_automatic(bind, out_entries, *matched)
 
 
 # Abstract evaluation: shapes and dtypes of the results.
@@ -75,25 +76,25 @@ def _gemm_abstract(*operands: Any, problem: GemmProblem, implementation: str | N
     return result_type(operands, problem.out_shape, problem.out_dtype)
 
 
-def _quantize_abstract(x: Any, *, problem: QuantizeProblem, implementation: str | None) -> list[Any]:
+def _quantize_abstract(*inputs: Any, problem: QuantizeProblem, implementation: str | None) -> list[Any]:
     del implementation
-    *lead, rows, cols = x.shape
     outputs: list[Any] = []
-    if problem.natural:
-        outputs += _stored_types(x, rows, cols, problem.block_shape, problem.dtype)
-    if problem.transposed:
-        block_shape = transposed_block_shape(problem.block_shape, rows, cols)
-        outputs += _stored_types(x, cols, rows, block_shape, problem.dtype)
-    if problem.column_sum:
-        outputs.append(result_type([x], (*lead, cols), jnp.float32))
+    for plain, (*lead, rows, cols) in problem.results([x.shape for x in inputs]):
+        if plain.natural:
+            outputs += _stored_types(inputs, rows, cols, plain.block_shape, plain.dtype)
+        if plain.transposed:
+            block_shape = transposed_block_shape(plain.block_shape, rows, cols)
+            outputs += _stored_types(inputs, cols, rows, block_shape, plain.dtype)
+        if plain.column_sum:
+            outputs.append(result_type(inputs, (*lead, cols), jnp.float32))
     return outputs
 
 
-def _stored_types(x: Any, rows: int, cols: int, block_shape: tuple[int, int], dtype: Any) -> list[Any]:
-    lead = x.shape[:-2]
+def _stored_types(inputs: Sequence[Any], rows: int, cols: int, block_shape: tuple[int, int], dtype: Any) -> list[Any]:
+    lead = inputs[0].shape[:-2]
     return [
-        result_type([x], (*lead, *stored_values_shape(rows, cols)), dtype),
-        result_type([x], (*lead, *stored_scales_shape(rows, cols, block_shape)), jnp.float32),
+        result_type(inputs, (*lead, *stored_values_shape(rows, cols)), dtype),
+        result_type(inputs, (*lead, *stored_scales_shape(rows, cols, block_shape)), jnp.float32),
     ]
 
 
@@ -163,8 +164,9 @@ def _batch_quantize(
     problem: QuantizeProblem,
     implementation: str | None,
 ) -> tuple[list[jax.Array], list[int]]:
-    _, (x,) = _axes_to_front(operands, axes)
-    outputs = bind_quantize(x, problem, implementation)
+    size, operands = _axes_to_front(operands, axes)
+    inputs = [_broadcast_front(x, size, axis) for x, axis in zip(operands, axes, strict=True)]
+    outputs = bind_quantize(problem, implementation, *inputs)
     return outputs, [0] * len(outputs)
 
 
@@ -233,9 +235,9 @@ def _run_gemm(
 
 
 def _run_quantize(
-    runner: Any, platform: str, x: Any, *, problem: QuantizeProblem, implementation: str | None
+    runner: Any, platform: str, *inputs: Any, problem: QuantizeProblem, implementation: str | None
 ) -> list[jax.Array]:
-    return runner.run_quantize(problem, platform, implementation, x)
+    return runner.run_quantize(problem, platform, implementation, *inputs)
 
 
 _GEMM_ADVICE = "Differentiate jaxgemm.fp8_dot, grouped_fp8_dot or masked_grouped_fp8_dot of the originals instead."

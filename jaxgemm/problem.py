@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgemm.elementwise import FUNCTIONS
 from jaxgemm.scaled_array import FP8_DTYPES, ScaledArray, stored_scales_shape, stored_values_shape
 
 Kind = Literal["dense", "grouped", "masked", "k_grouped"]
@@ -80,6 +81,8 @@ class GemmProblem:
 class QuantizeProblem:
     """One quantising pass over an array `[..., rows, cols]`: everything static about it but the shape. Hashable.
 
+    With a function in front, what is quantised are its results, rounded to the inputs' dtype.
+
     Attributes:
         block_shape: scaling block, resolved against the shape.
         dtype: FP8 dtype of the values.
@@ -88,6 +91,10 @@ class QuantizeProblem:
         transposed: whether to return values and scales of its transpose (for blocks of one row these are scaled along
             the rows, which no transposing of the natural ones could give).
         column_sum: whether to return the float32 sum over the rows.
+        function: a name in `jaxgemm.elementwise.FUNCTIONS`, or None.
+        joined: for a gated function: whether gate and up are one input `[..., rows, 2 cols]`, side by side, and their
+            gradients one result likewise.
+        hidden: for a backward function: whether to return the forward function's result too, transposed alone.
     """
 
     block_shape: tuple[int, int]
@@ -96,6 +103,28 @@ class QuantizeProblem:
     natural: bool = True
     transposed: bool = False
     column_sum: bool = False
+    function: str | None = None
+    joined: bool = False
+    hidden: bool = False
+
+    def columns(self, shapes: Sequence[tuple[int, ...]]) -> int:
+        """Returns the columns of the arrays that the function takes, gate and up apart from one another."""
+        is_halved = self.joined and len(shapes) == 1
+        return shapes[0][-1] // 2 if is_halved else shapes[0][-1]
+
+    def results(self, shapes: Sequence[tuple[int, ...]]) -> "list[tuple[QuantizeProblem, tuple[int, ...]]]":
+        """Returns what is quantised of inputs of these shapes: of each array, the plain pass over it and its shape."""
+        if self.function is None:
+            return [(self, tuple(shapes[0]))]
+        function = FUNCTIONS[self.function]
+        lead, cols = shapes[0][:-1], self.columns(shapes)
+        plain = dataclasses.replace(self, function=None, joined=False, hidden=False)
+        count, width = (1, function.num_outputs * cols) if self.joined else (function.num_outputs, cols)
+        results = [(plain, (*lead, width))] * count
+        if self.hidden:
+            transposed = dataclasses.replace(plain, natural=False, transposed=True, column_sum=False)
+            results.append((transposed, (*lead, cols)))
+        return results
 
 
 def make_problem(

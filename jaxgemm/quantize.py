@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgemm import layout, reference
+from jaxgemm.elementwise import FUNCTIONS
 from jaxgemm.explicit_axes import entries_of, run_automatic
 from jaxgemm.primitives import bind_quantize
 from jaxgemm.problem import (
@@ -22,6 +23,9 @@ from jaxgemm.scaled_array import (
     resolve_block_shape,
     transposed_block_shape,
 )
+
+QuantizedResult = tuple[ScaledArray | None, ScaledArray | None, jax.Array | None]
+"""An array as it lies, its transpose, and its column sum: what was asked for of them."""
 
 
 def quantize(
@@ -62,7 +66,7 @@ def quantize(
     """
     check_float_array("x", x, ("...", "m", "k"))
     problem = _quantize_problem(x, block_shape, dtype, power_of_two, implementation)
-    values, scales = bind_quantize(x, problem, implementation)
+    values, scales = bind_quantize(problem, implementation, x)
     return ScaledArray(values, scales, x.shape[-2], x.shape[-1], problem.block_shape)
 
 
@@ -103,7 +107,7 @@ def quantize_both(
     problem = _quantize_problem(
         x, block_shape, dtype, power_of_two, implementation, transposed=True, column_sum=column_sum
     )
-    values, scales, values_t, scales_t, *total = bind_quantize(x, problem, implementation)
+    values, scales, values_t, scales_t, *total = bind_quantize(problem, implementation, x)
     (rows, cols), block = x.shape[-2:], problem.block_shape
     transposed = ScaledArray(values_t, scales_t, cols, rows, transposed_block_shape(block, rows, cols))
     return ScaledArray(values, scales, rows, cols, block), transposed, total[0] if total else None
@@ -140,9 +144,68 @@ def quantize_transposed(
     """
     check_float_array("x", x, ("...", "m", "k"))
     problem = _quantize_problem(x, block_shape, dtype, power_of_two, implementation, natural=False, transposed=True)
-    values, scales = bind_quantize(x, problem, implementation)
+    values, scales = bind_quantize(problem, implementation, x)
     rows, cols = x.shape[-2:]
     return ScaledArray(values, scales, cols, rows, transposed_block_shape(problem.block_shape, rows, cols))
+
+
+def quantize_function(
+    function: str,
+    *inputs: jax.Array,
+    dtype: Any = jnp.float8_e4m3fn,
+    power_of_two: bool = False,
+    natural: bool = True,
+    transposed: bool = True,
+    column_sum: bool = False,
+    joined: bool = False,
+    hidden: bool = False,
+    implementation: str | None = None,
+) -> list[QuantizedResult]:
+    """Quantises an elementwise function's results, in blocks of 1x128, without storing them in high precision.
+
+    The function is taken in float32, and its results are rounded to the dtype of the inputs, as if they were stored.
+    Kernels round a sigmoid's last bit as the GPU does: with relu all implementations give the same bits, with gelu and
+    silu but for values at the border of two FP8 numbers.
+
+    Args:
+        function: an activation ("relu", "gelu", "silu") of `x`; with "_gate" behind it, of `gate`, times `up`; with
+            "_backward" behind that, the gradients of these inputs, of which dout comes first.
+        *inputs: bfloat16, float16 or float32 `[..., m, k]`, of one shape and dtype.
+        dtype: as in `quantize`.
+        power_of_two: as in `quantize`.
+        natural: whether to return each result as it lies.
+        transposed: whether to return its transpose, scaled along m.
+        column_sum: whether to sum it over the rows.
+        joined: whether gate and up are one array `[..., m, 2 k]`, side by side, as are then their gradients.
+        hidden: with "_backward", whether to return the forward function's result too, transposed alone.
+        implementation: as in `quantize`.
+
+    Returns:
+        For each result `(natural, transposed, column_sum)`, None for what was not asked for.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `quantize` does; also if inputs or options do not fit the
+            function.
+
+    Example:
+        >>> gate, up = jnp.ones((3, 200)), jnp.ones((3, 200))
+        >>> [(natural, transposed, _)] = quantize_function("silu_gate", gate, up)
+        >>> natural.shape, transposed.shape
+        ((3, 200), (200, 3))
+    """
+    _check_function(function, inputs, joined, hidden)
+    check_implementation(implementation)
+    problem = QuantizeProblem(
+        ROW_BLOCK, check_fp8_dtype("dtype", dtype), bool(power_of_two), natural, transposed, column_sum,
+        function, joined, hidden,
+    )  # fmt: skip
+    outputs = iter(bind_quantize(problem, implementation, *inputs))
+    results = []
+    for part, (*_, rows, cols) in problem.results([x.shape for x in inputs]):
+        q = ScaledArray(next(outputs), next(outputs), rows, cols, ROW_BLOCK) if part.natural else None
+        q_t = ScaledArray(next(outputs), next(outputs), cols, rows, ROW_BLOCK) if part.transposed else None
+        results.append((q, q_t, next(outputs) if part.column_sum else None))
+    return results
 
 
 def quantize_grouped(
@@ -217,6 +280,28 @@ def dequantize(q: ScaledArray, dtype: Any = jnp.float32) -> jax.Array:
         return reference.dequantize(values, scales, q.rows, q.cols, q.block_shape).astype(dtype)
 
     return run_automatic(product, lambda: entries_of(q.stored_values), q.stored_values, q.stored_scales)
+
+
+def _check_function(function: str, inputs: tuple[jax.Array, ...], joined: bool, hidden: bool) -> None:
+    if function not in FUNCTIONS:
+        raise ValueError(f"function must be one of {', '.join(map(repr, FUNCTIONS))}, got {function!r}")
+    if joined and "_gate" not in function:
+        raise ValueError(f"joined must be False for {function!r}, which has no gate")
+    if hidden and not FUNCTIONS[function].has_hidden:
+        raise ValueError(f"hidden must be False for {function!r}, which is no backward function")
+    num_inputs = FUNCTIONS[function].num_inputs - joined
+    if len(inputs) != num_inputs:
+        raise ValueError(f"inputs of {function!r} must be {num_inputs} arrays, got {len(inputs)}")
+    for x in inputs:
+        check_float_array("inputs", x, ("...", "m", "k"))
+        if x.dtype != inputs[0].dtype:
+            raise TypeError(f"inputs must have one dtype, got {inputs[0].dtype} and {x.dtype}")
+    # Joined, the last input is twice as wide as the others, or as any even width where it is alone.
+    shapes = [x.shape for x in inputs]
+    *lead, cols = shapes[0]
+    widths = [cols] * (len(inputs) - joined) + [2 * cols if len(inputs) > 1 else cols // 2 * 2] * joined
+    if shapes != [(*lead, width) for width in widths]:
+        raise ValueError(f"inputs of {function!r} must fit together, got shapes {[list(shape) for shape in shapes]}")
 
 
 def _quantize_problem(

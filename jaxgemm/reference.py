@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgemm import layout
+from jaxgemm.elementwise import FUNCTIONS
 from jaxgemm.manual_axes import match_varying
 from jaxgemm.numerics import INFINITY_BITS, block_scale, reciprocal
 from jaxgemm.problem import GemmProblem, QuantizeProblem
@@ -18,13 +19,43 @@ GROUP_TILE = 128
 """Rows of one step of the grouped product: enough to fill a matrix unit, few enough to waste little on small groups."""
 
 
-def quantize(x: jax.Array, problem: QuantizeProblem) -> list[jax.Array]:
-    """Quantises `[..., rows, cols]` into the stored arrays that `problem` asks for.
+def quantize(problem: QuantizeProblem, *inputs: jax.Array) -> list[jax.Array]:
+    """Quantises `[..., rows, cols]`, or the results of a function of such, into the stored arrays of `problem`.
 
     Returns:
-        `[values, scales]` if natural, then `[values, scales]` of the transpose if transposed, then the float32
-        column sum `[..., cols]` if asked for.
+        For each quantised array: `[values, scales]` if natural, then `[values, scales]` of the transpose if
+        transposed, then the float32 column sum `[..., cols]` if asked for.
     """
+    results = problem.results([x.shape for x in inputs])
+    arrays = apply_function(problem, *inputs) if problem.function else inputs
+    return [y for x, (plain, _) in zip(arrays, results, strict=True) for y in _quantize_array(x, plain)]
+
+
+def apply_function(problem: QuantizeProblem, *inputs: jax.Array) -> list[jax.Array]:
+    """Returns the arrays that a problem with a function quantises, in the inputs' dtype."""
+    assert problem.function is not None
+    function, dtype = FUNCTIONS[problem.function], inputs[0].dtype
+    if problem.joined:
+        inputs = (*inputs[:-1], *jnp.split(inputs[-1], 2, -1))
+    outputs = [_round(x, dtype) for x in function.apply(*(x.astype(jnp.float32) for x in inputs))]
+    results, hidden = outputs[: function.num_outputs], outputs[function.num_outputs :]
+    if problem.joined:
+        results = [jnp.concatenate(results, -1)] if len(results) > 1 else results
+    return [*results, *(hidden if problem.hidden else [])]
+
+
+def _round(x: jax.Array, dtype: np.dtype) -> jax.Array:
+    """Rounds float32 to a dtype, in a way that the compiler does not leave out as excess precision."""
+    info = jnp.finfo(dtype)
+    rounded = jax.lax.reduce_precision(x, info.nexp, info.nmant)
+    if dtype == jnp.float16:  # whose subnormal numbers it would flush to zero
+        step = np.float32(info.smallest_subnormal)
+        subnormal = jax.lax.round(x / step, jax.lax.RoundingMethod.TO_NEAREST_EVEN) * step
+        rounded = jnp.where(jnp.abs(x) < np.float32(info.smallest_normal), subnormal, rounded)
+    return rounded.astype(dtype)
+
+
+def _quantize_array(x: jax.Array, problem: QuantizeProblem) -> list[jax.Array]:
     x = x.astype(jnp.float32)
     outputs: list[jax.Array] = []
     if problem.natural:

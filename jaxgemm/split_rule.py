@@ -10,7 +10,7 @@ is whole: a multiple of 128 where blocks would be cut, of the stored rows' align
 | grouped | m, n, k; g never: rows of a group may lie anywhere |
 | masked | g (expert parallel), m, n, k |
 | k_grouped | m, n, k (partial sums) |
-| quantize | leading axes, rows, columns; but for an axis that shares one scale |
+| quantize | leading axes, rows, columns; but for an axis that shares one scale, and columns that are joined |
 """
 
 import dataclasses
@@ -189,27 +189,31 @@ def gemm_rule(problem: GemmProblem, shapes: Sequence[tuple[int, ...]]) -> SplitR
     return _split_rule([*lhs, *rhs, *epilogue], [result], units, lengths, summed="k", epilogue=len(epilogue))
 
 
-def quantize_rule(problem: QuantizeProblem, shape: tuple[int, ...]) -> SplitRule:
-    """Returns how a quantising pass over an array of this shape may be split."""
-    rows, cols = shape[-2:]
-    lead = tuple(f"l{i}" for i in range(len(shape) - 2))
-    results: list[Dims] = []
-    if problem.natural:
-        results += _operand_dims(lead, "r", "c", problem.block_shape)
-    if problem.transposed:
-        results += _operand_dims(lead, "c", "r", transposed_block_shape(problem.block_shape, rows, cols))
-    if problem.column_sum:
-        results.append((*lead, "c"))
+def quantize_rule(problem: QuantizeProblem, shapes: Sequence[tuple[int, ...]]) -> SplitRule:
+    """Returns how a quantising pass over arrays of these shapes may be split."""
+    results = problem.results(shapes)
+    *lead_shape, rows, cols = shapes[0]
+    lead = tuple(f"l{i}" for i in range(len(lead_shape)))
+    columns = "joined" if problem.joined else "c"  # no share of half the columns of one array is one of all of another
+    dims: list[Dims] = []
+    for plain, shape in results:
+        if plain.natural:
+            dims += _operand_dims(lead, "r", columns, plain.block_shape)
+        if plain.transposed:
+            dims += _operand_dims(lead, columns, "r", transposed_block_shape(plain.block_shape, rows, shape[-1]))
+        if plain.column_sum:
+            dims.append((*lead, columns))
+
     whole_scales = problem.block_shape[1] != SCALE_BLOCK
-    scaled_rows = problem.transposed or problem.block_shape[0] > 1
-    scaled_cols = problem.natural or problem.block_shape[0] > 1
+    scaled_rows = any(plain.transposed for plain, _ in results) or problem.block_shape[0] > 1
+    scaled_cols = any(plain.natural for plain, _ in results) or problem.block_shape[0] > 1
     units = dict.fromkeys(lead, 1)
     if not (whole_scales and scaled_rows):
         units["r"] = SCALE_BLOCK if scaled_rows else VALUE_ROW_ALIGNMENT
-    if not whole_scales:
+    if not whole_scales and not problem.joined:
         units["c"] = SCALE_BLOCK if scaled_cols else VALUE_ROW_ALIGNMENT
-    lengths = {**dict(zip(lead, shape, strict=False)), "r": rows, "c": cols}
-    return _split_rule([(*lead, "r", "c")], results, units, lengths)
+    lengths = {**dict(zip(lead, lead_shape, strict=True)), "r": rows, "c": cols}
+    return _split_rule([(*lead, "r", columns)] * len(shapes), dims, units, lengths)
 
 
 def _split_rule(

@@ -21,7 +21,7 @@ LEVELS = [
     {"jaxgemm.reference", "jaxgemm.tuning"},
     {"jaxgemm.problem"},
     {"jaxgemm.scaled_array"},
-    {"jaxgemm.layout", "jaxgemm.manual_axes", "jaxgemm.explicit_axes", "jaxgemm.numerics"},
+    {"jaxgemm.layout", "jaxgemm.manual_axes", "jaxgemm.explicit_axes", "jaxgemm.numerics", "jaxgemm.elementwise"},
 ]
 WITHIN = [
     ("jaxgemm.dot", "jaxgemm.dot_vjp"),

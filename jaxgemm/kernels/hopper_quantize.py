@@ -28,6 +28,7 @@ Barriers, one a stage:
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxgemm import layout
-from jaxgemm.kernels.elementwise import FUNCTIONS
 from jaxgemm.kernels.hopper_quantize_plan import (
     BLOCK,
     SLAB_ROWS,
@@ -51,73 +51,35 @@ from jaxgemm.kernels.hopper_quantize_slab import apply_function, quantize_slab
 from jaxgemm.problem import QuantizeProblem
 from jaxgemm.scaled_array import stored_scales_shape, stored_values_shape
 
-__all__ = ["QuantizeConfig", "default_config", "hopper_quantize", "hopper_quantize_function", "why_not"]
+__all__ = ["QuantizeConfig", "default_config", "hopper_quantize", "why_not"]
 
 
 def hopper_quantize(
-    x: jax.Array, *, problem: QuantizeProblem, config: QuantizeConfig, num_sms: int, interpret: bool = False
+    *inputs: jax.Array, problem: QuantizeProblem, config: QuantizeConfig, num_sms: int, interpret: bool = False
 ) -> list[jax.Array]:
     """Quantises: `values = fp8(x / scale)` with `scale = amax(block) / max(fp8)`, in the stored layouts.
 
+    With a function in front, x are its results. It is taken in float32 and rounded to the inputs' dtype, as if
+    stored in between, but nothing of it is written anywhere.
+
     Args:
-        x: bfloat16, float16 or float32 `[..., m, k]`, m and k at least 1. Rows that are no multiple of 16
-            bytes cost a padded copy first, since the TMA cannot read them.
-        problem: block shape `(1, 128)` or `(128, 128)`, FP8 dtype, and which outputs.
+        *inputs: bfloat16, float16 or float32 `[..., m, k]`, m and k at least 1, of one dtype: x, or what the
+            function takes, in its order. Rows that are no multiple of 16 bytes cost a padded copy first, since the
+            TMA cannot read them.
+        problem: which outputs, in blocks of `(1, 128)` or `(128, 128)`; with a function `(1, 128)`.
         config: the kernel's layout.
         num_sms: multiprocessors to lay the persistent grid out for.
         interpret: whether to run in Pallas' interpreter on the CPU.
 
     Returns:
-        `[values, scales]` if natural, then those of the transpose if transposed, then the float32 column sum
-        `[..., k]` if asked for; stored as `jaxgemm.scaled_array` says.
+        For each quantised array `[values, scales]` if natural, then those of the transpose if transposed, then the
+        float32 column sum `[..., k]` if asked for; stored as `jaxgemm.scaled_array` says.
     """
-    [outputs] = _launch((x,), None, problem, config, num_sms, interpret)
-    return outputs
-
-
-def hopper_quantize_function(
-    *inputs: jax.Array,
-    function: str,
-    problem: QuantizeProblem,
-    config: QuantizeConfig,
-    num_sms: int,
-    interpret: bool = False,
-) -> list[list[jax.Array]]:
-    """Quantises the results of an elementwise function of `inputs`, without writing them anywhere else.
-
-    The function is taken in float32 and its results are rounded to the inputs' dtype before they are
-    quantised, as they would be had they been stored in between.
-
-    Args:
-        *inputs: bfloat16, float16 or float32 `[..., m, k]`, of one shape and dtype, in the function's order.
-        function: a name in `jaxgemm.kernels.elementwise.FUNCTIONS`.
-        problem: as in `hopper_quantize`, with blocks of `(1, 128)`.
-        config: as in `hopper_quantize`.
-        num_sms: as in `hopper_quantize`.
-        interpret: as in `hopper_quantize`.
-
-    Returns:
-        For each result of the function, what `hopper_quantize` returns for it.
-    """
-    assert len(inputs) == FUNCTIONS[function].num_inputs, (function, len(inputs))
-    return _launch(inputs, function, problem, config, num_sms, interpret)
-
-
-def _launch(
-    inputs: tuple[jax.Array, ...],
-    function: str | None,
-    problem: QuantizeProblem,
-    config: QuantizeConfig,
-    num_sms: int,
-    interpret: bool,
-) -> list[list[jax.Array]]:
-    in_dtype = np.dtype(inputs[0].dtype)
-    reason = why_not(problem, in_dtype, function)
+    in_dtype, shapes = np.dtype(inputs[0].dtype), [x.shape for x in inputs]
+    reason = why_not(problem, in_dtype, shapes)
     assert reason is None, reason
-    *lead, m, k = inputs[0].shape
-    inputs = tuple(x.reshape(-1, m, k) for x in inputs)
-    plan = Plan(problem, config, function, inputs[0].shape[0], m, k, in_dtype, num_sms)
-    aligned_k = layout.align_up(k, layout.TMA_ALIGNMENT_BYTES // in_dtype.itemsize)
+    *lead, m, _ = shapes[0]
+    plan = Plan(problem, config, math.prod(lead), m, problem.columns(shapes), in_dtype, num_sms)
     outputs = _output_types(plan)
     kernel = plgpu.kernel(
         functools.partial(_kernel, plan),
@@ -127,7 +89,7 @@ def _launch(
         grid_names=("block",),
         num_threads=plan.num_warpgroups,
         thread_name="warpgroup",
-        kernel_name="fp8_quantize" + (f"_{function}" if function else ""),
+        kernel_name="fp8_quantize" + (f"_{problem.function}" if problem.function else ""),
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
@@ -136,29 +98,41 @@ def _launch(
         ),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )
-    flat = iter(kernel(*(layout.pad_trailing(x, (aligned_k,)) for x in inputs)))
+    flat = iter(kernel(*(_as_tma_reads(x) for x in inputs)))
     results = [{name: next(flat) for name in result} for result in outputs]
-    for result in results:
-        if problem.column_sum:
+    for result, (_, (_, cols)) in zip(results, plan.results, strict=True):
+        if "column_sum" in result:
             # Sum the tiles' partial sums in a fixed order: unlike atomics, this is the same in every run.
-            result["column_sum"] = result["column_sum"].sum(-2)[:, :k]
-    return [[x.reshape(*lead, *x.shape[1:]) for x in result.values()] for result in results]
+            result["column_sum"] = result["column_sum"].sum(-2)[:, :cols]
+    return [x.reshape(*lead, *x.shape[1:]) for result in results for x in result.values()]
+
+
+def _as_tma_reads(x: jax.Array) -> jax.Array:
+    """Returns `[groups, m, k]` with rows of a multiple of 16 bytes."""
+    aligned_k = layout.align_up(x.shape[-1], layout.TMA_ALIGNMENT_BYTES // x.dtype.itemsize)
+    return layout.pad_trailing(x.reshape(-1, *x.shape[-2:]), (aligned_k,))
 
 
 def _output_types(plan: Plan) -> list[dict[str, jax.ShapeDtypeStruct]]:
     """Returns the outputs of the kernel by name, for each array that it quantises."""
-    problem, outputs = plan.problem, {}
-    orientations = {"": (plan.m, plan.k)} if problem.natural else {}
-    orientations |= {"_t": (plan.k, plan.m)} if problem.transposed else {}
+    return [_result_types(plan, result, cols) for result, (_, cols) in plan.results]
+
+
+def _result_types(plan: Plan, result: QuantizeProblem, cols: int) -> dict[str, jax.ShapeDtypeStruct]:
+    outputs, orientations = {}, {}
+    if result.natural:
+        orientations[""] = (plan.m, cols)
+    if result.transposed:
+        orientations["_t"] = (cols, plan.m)
     for suffix, shape in orientations.items():
-        values, scales = stored_values_shape(*shape), stored_scales_shape(*shape, problem.block_shape)
-        outputs["values" + suffix] = jax.ShapeDtypeStruct((plan.groups, *values), problem.dtype)
+        values, scales = stored_values_shape(*shape), stored_scales_shape(*shape, result.block_shape)
+        outputs["values" + suffix] = jax.ShapeDtypeStruct((plan.groups, *values), result.dtype)
         outputs["scales" + suffix] = jax.ShapeDtypeStruct((plan.groups, *scales), jnp.float32)
-    if problem.column_sum:
-        assert problem.transposed, "the columns are summed where they are scaled"
-        partial = (plan.groups, plan.tiles_m, layout.tma_aligned_size(plan.k, 4))
+    if result.column_sum:
+        assert result.transposed, "the columns are summed where they are scaled"
+        partial = (plan.groups, plan.tiles_m, layout.tma_aligned_size(cols, 4))
         outputs["column_sum"] = jax.ShapeDtypeStruct(partial, jnp.float32)
-    return [outputs] * plan.num_outputs
+    return outputs
 
 
 def _scratch_types(plan: Plan) -> dict[str, object]:
@@ -175,7 +149,7 @@ def _scratch_types(plan: Plan) -> dict[str, object]:
         "full": plgpu.Barrier(num_arrivals=plan.num_inputs * chunks, num_barriers=stages),
         "empty": plgpu.Barrier(num_arrivals=plan.num_warpgroups, num_barriers=stages),
     }
-    if plan.function:
+    if plan.problem.function:
         scratch["applied"] = plgpu.Barrier(num_arrivals=plan.num_warpgroups, num_barriers=stages)
     if plan.is_square:
         scratch["amax_smem"] = plgpu.SMEM((stages, BLOCK), jnp.float32)
@@ -189,7 +163,7 @@ def _scratch_types(plan: Plan) -> dict[str, object]:
 
 def _kernel(plan: Plan, *gmem, x_smem, full, empty, applied=None, **slab_smem) -> None:
     """Walks the tiles of one persistent block; every warpgroup runs this, for a slab of its own."""
-    inputs, outputs = gmem[: plan.num_inputs], _name_outputs(plan, gmem[plan.num_inputs :])
+    inputs, outputs = gmem[: plan.num_arrays], _name_outputs(plan, gmem[plan.num_arrays :])
     block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
     stages, tile_m = plan.config.stages, plan.config.tile_m
     num_steps = lax.div(plan.num_tiles - block + plan.num_blocks - 1, plan.num_blocks)
@@ -203,10 +177,10 @@ def _kernel(plan: Plan, *gmem, x_smem, full, empty, applied=None, **slab_smem) -
     def fetch(step):
         group, row, column = tile_origin(step)
         stage = lax.rem(step, stages)
-        for index, x_gmem in enumerate(inputs):
+        for index, (array, first_column) in enumerate(plan.sources):
             for chunk in range(BLOCK // plan.chunk_columns):
-                columns = pl.ds(column + chunk * plan.chunk_columns, plan.chunk_columns)
-                source = x_gmem.at[group, pl.ds(row, tile_m), columns]
+                columns = pl.ds(first_column + column + chunk * plan.chunk_columns, plan.chunk_columns)
+                source = inputs[array].at[group, pl.ds(row, tile_m), columns]
                 plgpu.copy_gmem_to_smem(source, x_smem.at[stage, index, chunk], full.at[stage])
 
     # Fill the pipeline.
@@ -218,7 +192,7 @@ def _kernel(plan: Plan, *gmem, x_smem, full, empty, applied=None, **slab_smem) -
     def walk_tile(step, _):
         stage = lax.rem(step, stages)
         plgpu.barrier_wait(full.at[stage])
-        if plan.function:
+        if plan.problem.function:
             apply_function(plan, x_smem.at[stage], warpgroup)
             plgpu.barrier_arrive(applied.at[stage])
             plgpu.barrier_wait(applied.at[stage])
@@ -228,28 +202,32 @@ def _kernel(plan: Plan, *gmem, x_smem, full, empty, applied=None, **slab_smem) -
 
     def quantize_tile(index, step, stage):
         group, row, column = tile_origin(step)
+        array, first_column = plan.targets[index]
+        natural, transposed = outputs[array]
+        column += first_column
         quantize = functools.partial(
             quantize_slab,
             plan,
             x_smem=x_smem.at[stage, index],
-            use=step * plan.num_outputs + index,
             stage=stage,
             group=group,
             release=functools.partial(release, index, step, stage),
             **slab_smem,
         )
-        natural, transposed = outputs[index]
-        if plan.problem.natural:
-            work = functools.partial(quantize, natural, transposed=False, slab=warpgroup, row=row, column=column)
+        if natural:
+            use = step * plan.num_natural + index
+            work = functools.partial(
+                quantize, natural, transposed=False, slab=warpgroup, row=row, column=column, use=use
+            )
             pl.when(warpgroup < plan.natural_slabs)(work)
-        if plan.problem.transposed:
-            slab = warpgroup - plan.natural_slabs
-            work = functools.partial(quantize, transposed, transposed=True, slab=slab, row=column, column=row)
+        if transposed:
+            slab, use = warpgroup - plan.natural_slabs, step * plan.num_outputs + index
+            work = functools.partial(quantize, transposed, transposed=True, slab=slab, row=column, column=row, use=use)
             pl.when(warpgroup >= plan.natural_slabs)(work)
 
     def release(index, step, stage, transposed):
         """Gives the tile back, once this warpgroup has its last slab of it in registers."""
-        if index < plan.num_outputs - 1:
+        if index < (plan.num_outputs if transposed else plan.num_natural) - 1:
             return
         plgpu.barrier_arrive(empty.at[stage])
 

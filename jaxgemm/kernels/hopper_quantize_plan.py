@@ -1,12 +1,13 @@
 """What is static about a launch of the quantising kernels, and how they are laid out."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
 
 from jaxgemm import layout
-from jaxgemm.kernels.elementwise import FUNCTIONS
+from jaxgemm.elementwise import FUNCTIONS
 from jaxgemm.problem import QuantizeProblem
 from jaxgemm.scaled_array import ROW_BLOCK, SQUARE_BLOCK
 
@@ -38,9 +39,9 @@ class QuantizeConfig:
     blocks_per_sm: int = 1
 
 
-def default_config(problem: QuantizeProblem, in_dtype: np.dtype, function: str | None = None) -> QuantizeConfig:
+def default_config(problem: QuantizeProblem, in_dtype: np.dtype) -> QuantizeConfig:
     """Returns the layout with the most stages, up to four, and then output buffers that fit."""
-    num_inputs = FUNCTIONS[function].num_inputs if function else 1
+    num_inputs = FUNCTIONS[problem.function].num_inputs if problem.function else 1
     slabs = (problem.natural + problem.transposed) * (BLOCK // SLAB_ROWS)
     is_square = problem.block_shape == SQUARE_BLOCK
     stage_bytes = num_inputs * BLOCK * BLOCK * np.dtype(in_dtype).itemsize + 4 * BLOCK * is_square
@@ -48,19 +49,26 @@ def default_config(problem: QuantizeProblem, in_dtype: np.dtype, function: str |
     for stages, out_buffers in ((4, 2), (3, 2), (3, 1), (2, 2), (2, 1)):
         if stages * stage_bytes + slabs * out_buffers * slab_bytes + BARRIER_BYTES <= SHARED_MEMORY_BYTES:
             return QuantizeConfig(BLOCK, stages, out_buffers)
-    raise AssertionError(f"{problem} does not fit: {why_not(problem, in_dtype, function)}")
+    raise AssertionError(f"{problem} does not fit in shared memory")
 
 
-def why_not(problem: QuantizeProblem, in_dtype: np.dtype, function: str | None = None) -> str | None:
-    """Returns why these kernels cannot serve a problem, or None if they can."""
+def why_not(problem: QuantizeProblem, in_dtype: np.dtype, shapes: Sequence[tuple[int, ...]]) -> str | None:
+    """Returns why these kernels cannot serve a problem with inputs of these shapes, or None if they can."""
     if problem.block_shape not in (ROW_BLOCK, SQUARE_BLOCK):
         return f"block_shape {problem.block_shape} is neither (1, 128) nor (128, 128)"
     if np.dtype(in_dtype) not in (jnp.bfloat16, jnp.float16, jnp.float32):
         return f"dtype {np.dtype(in_dtype)} is neither bfloat16, float16 nor float32"
-    if function and problem.block_shape != ROW_BLOCK:
+    function = problem.function
+    if function is None:
+        return None
+    if problem.block_shape != ROW_BLOCK:
         return f"{function} is fused with blocks of (1, 128) alone"
-    if function and FUNCTIONS[function].num_inputs > 1 and np.dtype(in_dtype) == jnp.float32:
+    if FUNCTIONS[function].num_inputs > 1 and np.dtype(in_dtype) == jnp.float32:
         return f"two tiles of the inputs of {function} in float32 do not fit in shared memory"
+    if problem.joined and problem.columns(shapes) % BLOCK:
+        return "gate and up are joined in the middle of a tile: their columns must be multiples of 128"
+    if problem.hidden and not problem.transposed:
+        return "the hidden activations are quantised transposed, where nothing else is"
     return None
 
 
@@ -70,7 +78,6 @@ class Plan:
 
     problem: QuantizeProblem
     config: QuantizeConfig
-    function: str | None
     groups: int
     m: int
     k: int
@@ -78,13 +85,45 @@ class Plan:
     num_sms: int
 
     @property
+    def results(self) -> list[tuple[QuantizeProblem, tuple[int, ...]]]:
+        """The arrays to quantise, each with its pass and its shape."""
+        shapes = [(self.m, self.k)] * self.num_inputs
+        if self.problem.joined:
+            shapes[-2:] = [(self.m, 2 * self.k)]
+        return self.problem.results(shapes)
+
+    @property
+    def num_arrays(self) -> int:
+        """Arrays to fetch tiles from."""
+        return self.num_inputs - self.problem.joined
+
+    @property
     def num_inputs(self) -> int:
-        return FUNCTIONS[self.function].num_inputs if self.function else 1
+        """Tiles to fetch."""
+        return FUNCTIONS[self.problem.function].num_inputs if self.problem.function else 1
+
+    @property
+    def num_natural(self) -> int:
+        """Tiles to quantise, but for one that is quantised transposed alone."""
+        return FUNCTIONS[self.problem.function].num_outputs if self.problem.function else 1
 
     @property
     def num_outputs(self) -> int:
-        """Arrays to quantise."""
-        return FUNCTIONS[self.function].num_outputs if self.function else 1
+        """Tiles to quantise."""
+        return self.num_natural + self.problem.hidden
+
+    @property
+    def sources(self) -> list[tuple[int, int]]:
+        """For each tile to fetch, its array and the array's first column of it."""
+        arrays = [(index, 0) for index in range(self.num_arrays)]
+        return [*arrays, (self.num_arrays - 1, self.k)] if self.problem.joined else arrays
+
+    @property
+    def targets(self) -> list[tuple[int, int]]:
+        """For each tile to quantise, its array and the array's first column of it."""
+        if not self.problem.joined:
+            return [(index, 0) for index in range(self.num_outputs)]
+        return [(0, index * self.k) for index in range(self.num_natural)] + [(1, 0)] * self.problem.hidden
 
     @property
     def tiles_m(self) -> int:

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxgemm import layout
-from jaxgemm.kernels.elementwise import FUNCTIONS
+from jaxgemm.elementwise import FUNCTIONS
 from jaxgemm.kernels.hopper_quantize_plan import BLOCK, SLAB_ROWS, Plan
 from jaxgemm.numerics import block_scale, reciprocal
 
@@ -20,7 +20,7 @@ def apply_function(plan: Plan, x_smem, warpgroup) -> None:
 
     The warpgroups share the tile in pieces of `SLAB_ROWS` rows by one chunk of columns.
     """
-    function, chunks = FUNCTIONS[plan.function], BLOCK // plan.chunk_columns
+    function, chunks = FUNCTIONS[plan.problem.function], BLOCK // plan.chunk_columns
     num_pieces = chunks * plan.config.tile_m // SLAB_ROWS
 
     def apply_to_piece(piece) -> None:
@@ -28,7 +28,7 @@ def apply_function(plan: Plan, x_smem, warpgroup) -> None:
         refs = [x_smem.at[index, chunk, rows] for index in range(function.num_inputs)]
         inputs = [plgpu.load(ref, layout=plgpu.Layout.WGMMA, optimized=False) for ref in refs]
         outputs = function.apply(*(x.astype(jnp.float32) for x in inputs))
-        for ref, output in zip(refs, outputs, strict=False):
+        for ref, output in zip(refs[: plan.num_outputs], outputs, strict=False):
             ref[...] = output.astype(plan.in_dtype)
 
     for first in range(0, num_pieces, plan.num_warpgroups):
@@ -63,7 +63,7 @@ def quantize_slab(
     """
     first_row, row = row, row + slab * SLAB_ROWS
     limits = (plan.k, plan.m) if transposed else (plan.m, plan.k)
-    wants_sums = plan.problem.column_sum and transposed
+    wants_sums = "column_sum" in outputs
     warpgroup, buffer = lax.axis_index("warpgroup"), lax.rem(use, plan.config.out_buffers)
 
     # Load the slab to registers, and take the maxima of its rows.

@@ -11,6 +11,7 @@ from support import SQUARE, operands, random
 
 import jaxgemm
 from jaxgemm import dispatch
+from jaxgemm.quantize import quantize_function
 
 if jax.__version_info__ < (0, 11):
     pytest.skip("this jax does not have the Pallas that the kernels are written for", allow_module_level=True)
@@ -114,3 +115,14 @@ def test_groups_are_left_to_xla_unless_asked_and_say_so(caplog):
     with caplog.at_level(logging.WARNING, "jaxgemm"):
         assert GEMM_KERNEL not in lowered(jaxgemm.grouped_fp8_dot, x, w, sizes)
     assert any("has not been run on a GPU yet" in record.message for record in caplog.records)
+
+
+@pytest.mark.parametrize("dtype, kernels", [(jnp.bfloat16, 1), (jnp.float32, 2)])
+def test_functions_are_fused_where_they_fit(dtype, kernels):
+    """Three tiles of float32 do not fit in shared memory: XLA takes the function, and a kernel each result."""
+    inputs = [random(i, 256, 384, dtype=dtype) for i in range(3)]
+    function = functools.partial(quantize_function, "silu_gate_backward", implementation="mosaic")
+    text = lowered(function, *inputs)
+    assert len(re.findall("fp8_quantize_(?:silu_gate_backward_)?mosaic_gpu", text)) == kernels
+    assert text.count("fp8_quantize_silu_gate_backward_mosaic_gpu") == (dtype == jnp.bfloat16)
+    assert ("stablehlo.exponential" in text) == (dtype == jnp.float32)

@@ -11,9 +11,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 if not hasattr(plgpu, "InterpretGPUParams"):
     pytest.skip("this jax has no interpreter of GPU kernels", allow_module_level=True)
 
-from jaxgemm import layout
+from jaxgemm import layout, reference
+from jaxgemm.elementwise import FUNCTIONS
 from jaxgemm.kernels import hopper_quantize as kernels
-from jaxgemm.kernels.elementwise import FUNCTIONS
 from jaxgemm.numerics import reciprocal
 from jaxgemm.problem import QuantizeProblem
 from jaxgemm.scaled_array import ROW_BLOCK, SQUARE_BLOCK
@@ -81,9 +81,9 @@ def assert_nearly_bitwise(actual: jax.Array, expected: np.ndarray) -> None:
     assert np.mean(actual != expected) < 2e-3
 
 
-def run_interpreted(x: jax.Array, problem: QuantizeProblem, num_sms: int = 2, **overrides) -> list[jax.Array]:
-    config = dataclasses.replace(kernels.default_config(problem, x.dtype), **overrides)
-    return kernels.hopper_quantize(x, problem=problem, config=config, num_sms=num_sms, interpret=True)
+def run_interpreted(*inputs: jax.Array, problem: QuantizeProblem, num_sms: int = 2, **overrides) -> list[jax.Array]:
+    config = dataclasses.replace(kernels.default_config(problem, inputs[0].dtype), **overrides)
+    return kernels.hopper_quantize(*inputs, problem=problem, config=config, num_sms=num_sms, interpret=True)
 
 
 def random_array(shape: tuple[int, ...], dtype=jnp.bfloat16, seed: int = 0) -> jax.Array:
@@ -98,14 +98,14 @@ def random_array(shape: tuple[int, ...], dtype=jnp.bfloat16, seed: int = 0) -> j
 def test_bitwise_equal_to_the_numerics(block_shape, orientation, shape):
     problem = QuantizeProblem(block_shape, E4M3, **ORIENTATIONS[orientation])
     x = random_array(shape)
-    for actual, expected in zip(run_interpreted(x, problem), expected_outputs(x, problem), strict=True):
+    for actual, expected in zip(run_interpreted(x, problem=problem), expected_outputs(x, problem), strict=True):
         assert_bitwise(actual, expected)
 
 
 @pytest.mark.parametrize("block_shape", [ROW_BLOCK, SQUARE_BLOCK])
 def test_one_element(block_shape):
     problem, x = QuantizeProblem(block_shape, E4M3, transposed=True), jnp.full((1, 1), -3, jnp.bfloat16)
-    for actual, expected in zip(run_interpreted(x, problem), expected_outputs(x, problem), strict=True):
+    for actual, expected in zip(run_interpreted(x, problem=problem), expected_outputs(x, problem), strict=True):
         assert_bitwise(actual, expected)
 
 
@@ -114,7 +114,7 @@ def test_one_element(block_shape):
 def test_every_input_dtype_and_power_of_two_scales(block_shape, dtype):
     problem = QuantizeProblem(block_shape, E5M2, power_of_two=True, transposed=True, column_sum=True)
     x = random_array((140, 132), dtype)
-    *outputs, column_sum = run_interpreted(x, problem)
+    *outputs, column_sum = run_interpreted(x, problem=problem)
     for actual, expected in zip(outputs, expected_outputs(x, problem), strict=True):
         assert_bitwise(actual, expected)
     np.testing.assert_allclose(column_sum, np.asarray(x).astype(np.float64).sum(0), rtol=1e-4, atol=1e-3)
@@ -131,7 +131,7 @@ def test_zero_tiny_huge_infinite_and_nan_blocks(block_shape, dtype):
     x[3, 5], x[200, 280] = np.nan, -np.inf
     x = jnp.asarray(x, dtype)
     problem = QuantizeProblem(block_shape, E4M3, transposed=True)
-    for actual, expected in zip(run_interpreted(x, problem), expected_outputs(x, problem), strict=True):
+    for actual, expected in zip(run_interpreted(x, problem=problem), expected_outputs(x, problem), strict=True):
         assert_bitwise(actual, expected)
 
 
@@ -146,50 +146,65 @@ def test_zero_tiny_huge_infinite_and_nan_blocks(block_shape, dtype):
 def test_every_configuration_gives_the_same_bits(overrides):
     problem = QuantizeProblem(ROW_BLOCK, E4M3, transposed=overrides.get("tile_m", 128) == 128)
     x = random_array((2, 300, 136))
-    outputs = run_interpreted(x, problem, num_sms=1, **overrides)
+    outputs = run_interpreted(x, problem=problem, num_sms=1, **overrides)
     for group in range(2):
         for actual, expected in zip(outputs, expected_outputs(x[group], problem), strict=True):
             assert_bitwise(actual[group], expected)
 
 
-@pytest.mark.parametrize("function", list(FUNCTIONS))
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_function_in_front_equals_quantising_its_results(function, dtype):
-    problem = QuantizeProblem(ROW_BLOCK, E4M3, transposed=True, column_sum=True)
-    reason = kernels.why_not(problem, dtype, function)
-    if FUNCTIONS[function].num_inputs > 1 and dtype == jnp.float32:
-        assert "do not fit" in reason
-        return
-    assert reason is None
+def function_inputs(function: str, shape: tuple[int, int], dtype, joined: bool = False) -> list[jax.Array]:
+    """Draws what a function takes: gate and up side by side in one array if they are joined."""
     keys = jax.random.split(jax.random.key(3), FUNCTIONS[function].num_inputs)
-    inputs = [4 * jax.random.normal(key, (140, 200), dtype) for key in keys]
-    config = kernels.default_config(problem, dtype, function)
-    actual = kernels.hopper_quantize_function(
-        *inputs, function=function, problem=problem, config=config, num_sms=2, interpret=True
+    inputs = [4 * jax.random.normal(key, shape, dtype) for key in keys]
+    return [*inputs[:-2], jnp.concatenate(inputs[-2:], -1)] if joined else inputs
+
+
+@pytest.mark.parametrize(
+    "function, dtype, options",
+    [
+        ("relu", jnp.float32, {}),
+        ("gelu", jnp.bfloat16, {"column_sum": True}),
+        ("gelu_backward", jnp.float16, {"column_sum": True}),
+        ("gelu_backward", jnp.bfloat16, {"hidden": True}),
+        ("relu_gate", jnp.bfloat16, {}),
+        ("relu_gate_backward", jnp.float16, {"hidden": True}),
+        ("silu_gate", jnp.bfloat16, {"joined": True}),
+        ("silu_gate_backward", jnp.bfloat16, {"column_sum": True}),
+        ("silu_gate_backward", jnp.bfloat16, {"hidden": True, "joined": True, "column_sum": True}),
+    ],
+)
+def test_function_in_front_equals_quantising_its_results(function, dtype, options):
+    """Bit by bit with relu, and but for a sigmoid's last bit otherwise."""
+    problem = QuantizeProblem(ROW_BLOCK, E4M3, transposed=True, function=function, **options)
+    inputs = function_inputs(function, (140, 256) if problem.joined else (140, 200), dtype, problem.joined)
+    actual = iter(run_interpreted(*inputs, problem=problem))
+    results = reference.apply_function(problem, *inputs)
+    parts = problem.results([x.shape for x in inputs])
+    for (part, shape), result in zip(parts, results, strict=True):
+        assert result.shape == shape and result.dtype == dtype
+        for expected in expected_outputs(result, part):
+            (assert_bitwise if "relu" in function else assert_nearly_bitwise)(next(actual), expected)
+        if part.column_sum:
+            total = np.asarray(result).astype(np.float64).sum(0)
+            np.testing.assert_allclose(next(actual), total, rtol=1e-4, atol=1e-2)
+    assert next(actual, None) is None
+
+
+@pytest.mark.parametrize(
+    "function, dtype, columns, options, reason",
+    [
+        ("silu_gate", jnp.float32, 256, {}, "in float32 do not fit"),
+        ("silu_gate", jnp.bfloat16, 100, {"joined": True}, "must be multiples of 128"),
+        ("gelu_backward", jnp.bfloat16, 128, {"hidden": True, "transposed": False}, "quantised transposed"),
+        ("gelu", jnp.bfloat16, 128, {"block_shape": SQUARE_BLOCK}, "blocks of (1, 128) alone"),
+    ],
+)
+def test_what_no_kernel_can_fuse(function, dtype, columns, options, reason):
+    problem = QuantizeProblem(
+        **{"block_shape": ROW_BLOCK, "transposed": True, "function": function, **options}, dtype=E4M3
     )
-    results = FUNCTIONS[function].apply(*(x.astype(jnp.float32) for x in inputs))
-    for (*stored, column_sum), result in zip(actual, results, strict=True):
-        for array, expected in zip(stored, expected_outputs(result.astype(dtype), problem), strict=True):
-            assert_nearly_bitwise(array, expected)
-        total = np.asarray(result.astype(dtype)).astype(np.float64).sum(0)
-        np.testing.assert_allclose(column_sum, total, rtol=1e-4, atol=1e-2)
-
-
-def test_functions_are_the_activations_and_their_gradients():
-    gate, up, dout = (4 * jax.random.normal(jax.random.key(i), (64, 64)) for i in range(3))
-    out, pullback = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, gate, up)
-    np.testing.assert_allclose(FUNCTIONS["silu_gate"].apply(gate, up)[0], out, rtol=1e-5, atol=1e-6)
-    for actual, expected in zip(FUNCTIONS["silu_gate_backward"].apply(dout, gate, up), pullback(dout), strict=True):
-        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
-    out, pullback = jax.vjp(jax.nn.gelu, gate)
-    np.testing.assert_allclose(FUNCTIONS["gelu"].apply(gate)[0], out, rtol=1e-3, atol=1e-4)
-    np.testing.assert_allclose(FUNCTIONS["gelu_backward"].apply(dout, gate)[0], pullback(dout)[0], rtol=1e-3, atol=1e-4)
-
-
-def test_gelu_of_huge_numbers_is_finite():
-    x = jnp.array([-3e38, -1e20, 1e20, 3e38])
-    np.testing.assert_array_equal(FUNCTIONS["gelu"].apply(x)[0], jnp.maximum(x, 0))
-    np.testing.assert_array_equal(FUNCTIONS["gelu_backward"].apply(jnp.ones(4), x)[0], (x > 0).astype(jnp.float32))
+    inputs = function_inputs(function, (8, columns), dtype, problem.joined)
+    assert reason in kernels.why_not(problem, dtype, [x.shape for x in inputs])
 
 
 @pytest.mark.parametrize("error", [-1, 0, 1])
@@ -219,16 +234,17 @@ def test_default_configurations_lower_for_cuda(block_shape, orientation, dtype):
 
 @pytest.mark.parametrize("function", list(FUNCTIONS))
 def test_default_configurations_with_a_function_lower_for_cuda(function):
-    problem = QuantizeProblem(ROW_BLOCK, E4M3, transposed=True, column_sum=True)
-    config = kernels.default_config(problem, jnp.bfloat16, function)
+    options = {"joined": function.endswith("_gate"), "hidden": FUNCTIONS[function].has_hidden}
+    problem = QuantizeProblem(ROW_BLOCK, E4M3, transposed=True, column_sum=True, function=function, **options)
+    config = kernels.default_config(problem, jnp.bfloat16)
 
-    def quantize(*inputs: jax.Array) -> list[list[jax.Array]]:
-        return kernels.hopper_quantize_function(*inputs, function=function, problem=problem, config=config, num_sms=132)
+    def quantize(*inputs: jax.Array) -> list[jax.Array]:
+        return kernels.hopper_quantize(*inputs, problem=problem, config=config, num_sms=132)
 
-    inputs = [jax.ShapeDtypeStruct((8192, 14336), jnp.bfloat16)] * FUNCTIONS[function].num_inputs
+    inputs = [jax.ShapeDtypeStruct((8192, 14336), jnp.bfloat16)] * (FUNCTIONS[function].num_inputs - problem.joined)
     lowered = jax.jit(quantize).trace(*inputs).lower(lowering_platforms=("cuda",))
     assert "mosaic_gpu" in lowered.as_text()
 
 
 def test_other_blocks_are_refused():
-    assert "(1, 64)" in kernels.why_not(QuantizeProblem((1, 64), E4M3), jnp.bfloat16)
+    assert "(1, 64)" in kernels.why_not(QuantizeProblem((1, 64), E4M3), jnp.bfloat16, [(8, 8)])
