@@ -1,7 +1,7 @@
 """FP8 matrix products for JAX with fine-grained scales.
 
-`fp8_dot`, `grouped_fp8_dot`, `masked_grouped_fp8_dot` and `fp8_dot_general` take float arrays and differentiate;
-`gemm` and its family take `ScaledArray`s, which `quantize` makes. The recipe is that of DeepSeek-V3
+`fp8_dot`, `grouped_fp8_dot`, `masked_grouped_fp8_dot`, `fp8_dot_general` and `fp8_mlp` take float arrays and
+differentiate; `gemm` and its family take `ScaledArray`s, which `quantize` makes. The recipe is that of DeepSeek-V3
 (https://arxiv.org/abs/2412.19437, section 3.3).
 """
 
@@ -11,6 +11,7 @@ from types import ModuleType
 from jaxgemm import layout
 from jaxgemm.dot import fp8_dot, fp8_dot_general, grouped_fp8_dot, masked_grouped_fp8_dot
 from jaxgemm.gemm import gemm, grouped_gemm, k_grouped_gemm, masked_grouped_gemm
+from jaxgemm.mlp import fp8_mlp
 from jaxgemm.quantize import dequantize, quantize, quantize_both, quantize_grouped, quantize_transposed
 from jaxgemm.recipe import DEEPSEEK, Recipe
 from jaxgemm.scaled_array import ScaledArray
@@ -24,6 +25,7 @@ __all__ = [
     "dequantize",
     "fp8_dot",
     "fp8_dot_general",
+    "fp8_mlp",
     "gemm",
     "grouped_fp8_dot",
     "grouped_gemm",

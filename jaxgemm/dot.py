@@ -61,19 +61,19 @@ def fp8_dot(
         >>> fp8_dot(jnp.ones((2, 3, 7)), jnp.ones((7, 5)), jnp.ones(5)).shape
         (2, 3, 5)
     """
-    lhs, rhs, bias = _as_array(lhs), _as_array(rhs), _as_array(bias)
+    lhs, rhs, bias = as_array(lhs), as_array(rhs), as_array(bias)
     check_float_array("lhs", lhs, ("...", "k"))
-    k, n = _check_rhs(rhs, ("k", "n"))
+    k, n = check_rhs(rhs, ("k", "n"))
     if lhs.shape[-1] != k:
         raise ValueError(f"lhs must be [..., k] = [..., {k}] to match rhs, got {list(lhs.shape)}")
     check_bias(bias, (n,))
-    options = _options("dense", lhs, rhs, bias, preferred_element_type, activation, recipe, implementation)
+    options = dot_options("dense", lhs, rhs, bias, preferred_element_type, activation, recipe, implementation)
 
     def product(lhs: Any, rhs: Any, bias: Any) -> jax.Array:
         out = scaled_dot(options, lhs.reshape(math.prod(lhs.shape[:-1]), k), rhs, bias, None)
         return out.reshape(*lhs.shape[:-1], n)
 
-    return run_automatic(product, lambda: (*entries_of(lhs)[:-1], _column_entry(rhs)), lhs, rhs, bias)
+    return run_automatic(product, lambda: (*entries_of(lhs)[:-1], column_entry(rhs)), lhs, rhs, bias)
 
 
 def grouped_fp8_dot(
@@ -110,16 +110,16 @@ def grouped_fp8_dot(
         >>> grouped_fp8_dot(jnp.ones((3, 8)), jnp.ones((2, 8, 4)), jnp.array([0, 2]))[:, 0].tolist()
         [8.0, 8.0, 0.0]
     """
-    lhs, rhs, bias, group_sizes = (_as_array(x) for x in (lhs, rhs, bias, group_sizes))
+    lhs, rhs, bias, group_sizes = (as_array(x) for x in (lhs, rhs, bias, group_sizes))
     check_float_array("lhs", lhs, ("m", "k"))
-    num_groups, k, n = _check_rhs(rhs, ("g", "k", "n"))
+    num_groups, k, n = check_rhs(rhs, ("g", "k", "n"))
     if lhs.shape[1] != k:
         raise ValueError(f"lhs must be [m, k] = [m, {k}] to match rhs, got {list(lhs.shape)}")
     check_sizes("group_sizes", group_sizes, num_groups)
     check_bias(bias, (num_groups, n))
-    options = _options("grouped", lhs, rhs, bias, preferred_element_type, activation, recipe, implementation)
+    options = dot_options("grouped", lhs, rhs, bias, preferred_element_type, activation, recipe, implementation)
     product = functools.partial(scaled_dot, options)
-    return run_automatic(product, lambda: (entries_of(lhs)[0], _column_entry(rhs)), lhs, rhs, bias, group_sizes)
+    return run_automatic(product, lambda: (entries_of(lhs)[0], column_entry(rhs)), lhs, rhs, bias, group_sizes)
 
 
 def masked_grouped_fp8_dot(
@@ -157,16 +157,16 @@ def masked_grouped_fp8_dot(
         >>> masked_grouped_fp8_dot(jnp.ones((2, 2, 8)), jnp.ones((2, 8, 4)), jnp.array([1, 2]))[:, :, 0].tolist()
         [[8.0, 0.0], [8.0, 8.0]]
     """
-    lhs, rhs, bias, masked_m = (_as_array(x) for x in (lhs, rhs, bias, masked_m))
+    lhs, rhs, bias, masked_m = (as_array(x) for x in (lhs, rhs, bias, masked_m))
     check_float_array("lhs", lhs, ("g", "m", "k"))
-    num_groups, k, n = _check_rhs(rhs, ("g", "k", "n"))
+    num_groups, k, n = check_rhs(rhs, ("g", "k", "n"))
     if (lhs.shape[0], lhs.shape[2]) != (num_groups, k):
         raise ValueError(f"lhs must be [g, m, k] = [{num_groups}, m, {k}] to match rhs, got {list(lhs.shape)}")
     check_sizes("masked_m", masked_m, num_groups)
     check_bias(bias, (num_groups, n))
-    options = _options("masked", lhs, rhs, bias, preferred_element_type, activation, recipe, implementation)
+    options = dot_options("masked", lhs, rhs, bias, preferred_element_type, activation, recipe, implementation)
     product = functools.partial(scaled_dot, options)
-    return run_automatic(product, lambda: (*entries_of(lhs)[:2], _column_entry(rhs)), lhs, rhs, bias, masked_m)
+    return run_automatic(product, lambda: (*entries_of(lhs)[:2], column_entry(rhs)), lhs, rhs, bias, masked_m)
 
 
 def fp8_dot_general(
@@ -209,7 +209,7 @@ def fp8_dot_general(
     del precision
     if out_sharding is not None:
         raise NotImplementedError("out_sharding is not supported: constrain the result with reshard instead")
-    lhs, rhs = _as_array(lhs), _as_array(rhs)
+    lhs, rhs = as_array(lhs), as_array(rhs)
     check_float_array("lhs", lhs, ("...",))
     check_float_array("rhs", rhs, ("...",))
     (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = _check_dimensions(lhs.shape, rhs.shape, dimension_numbers)
@@ -219,7 +219,7 @@ def fp8_dot_general(
         [array.shape[d] for d in dims]
         for array, dims in ((lhs, lhs_batch), (lhs, lhs_free), (lhs, lhs_contract), (rhs, rhs_free))
     )
-    options = _options("dense", lhs, rhs, None, preferred_element_type, None, recipe, implementation)
+    options = dot_options("dense", lhs, rhs, None, preferred_element_type, None, recipe, implementation)
 
     def product(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         multiply = functools.partial(scaled_dot, options, bias=None, sizes=None)
@@ -235,7 +235,7 @@ def fp8_dot_general(
     return run_automatic(product, out_entries, lhs, rhs)
 
 
-def _column_entry(rhs: Any) -> Any:
+def column_entry(rhs: Any) -> Any:
     """Says how the columns n of a right operand are explicitly split."""
     return entries_of(rhs.stored_values)[-2] if isinstance(rhs, ScaledArray) else entries_of(rhs)[-1]
 
@@ -271,7 +271,7 @@ def _check_dimensions(lhs_shape: Any, rhs_shape: Any, dimension_numbers: Any) ->
     return (lhs_contract, rhs_contract), (lhs_batch, rhs_batch)
 
 
-def _options(
+def dot_options(
     kind: str,
     lhs: Any,
     rhs: Any,
@@ -281,6 +281,7 @@ def _options(
     recipe: Recipe,
     implementation: Any,
 ) -> DotOptions:
+    """Checks what remains to be checked of a product, and returns what is static about it."""
     check_activation(activation)
     check_implementation(implementation)
     if not isinstance(recipe, Recipe):
@@ -298,17 +299,18 @@ def _options(
     )
 
 
-def _check_rhs(rhs: Any, axes: tuple[str, ...]) -> tuple[int, ...]:
+def check_rhs(rhs: Any, axes: tuple[str, ...], name: str = "rhs") -> tuple[int, ...]:
     """Returns the sizes of the axes of rhs, `[..., k, n]`, also if it is a `ScaledArray` `[..., n, k]`."""
     if not isinstance(rhs, ScaledArray):
-        check_float_array("rhs", rhs, axes)
+        check_float_array(name, rhs, axes)
         return rhs.shape
     if rhs.ndim != len(axes):
-        raise ValueError(f"rhs must be a ScaledArray [{', '.join((*axes[:-2], 'n', 'k'))}], got {list(rhs.shape)}")
+        wanted = ", ".join((*axes[:-2], axes[-1], axes[-2]))
+        raise ValueError(f"{name} must be a ScaledArray [{wanted}], got {list(rhs.shape)}")
     *lead, n, k = rhs.shape
     return (*lead, k, n)
 
 
-def _as_array(x: Any) -> Any:
+def as_array(x: Any) -> Any:
     """Puts a numpy array on the device, unless that would silently change its dtype: float64 is refused later."""
     return jnp.asarray(x) if isinstance(x, np.ndarray) and jnp.asarray(x).dtype == x.dtype else x

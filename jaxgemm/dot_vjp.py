@@ -24,7 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxgemm import layout
 from jaxgemm.gemm import gemm, grouped_gemm, k_grouped_gemm, masked_grouped_gemm
 from jaxgemm.manual_axes import sum_replicated, varying_axes
-from jaxgemm.quantize import quantize, quantize_both, quantize_grouped, quantize_transposed
+from jaxgemm.quantize import quantize, quantize_both, quantize_function, quantize_grouped, quantize_transposed
 from jaxgemm.recipe import Recipe
 from jaxgemm.reference import activate
 from jaxgemm.scaled_array import ScaledArray
@@ -82,33 +82,27 @@ def scaled_dot(options: DotOptions, lhs: Any, rhs: Any, bias: Any, sizes: Any) -
         `[m, n]`; masked `[g, m, n]`.
     """
     recipe = options.recipe
-    lhs_q = quantize(_drop_masked(options, lhs, sizes), recipe.lhs_block_shape, **options.quantizer(recipe.lhs_dtype))
+    lhs_q = quantize(drop_masked(options, lhs, sizes), recipe.lhs_block_shape, **options.quantizer(recipe.lhs_dtype))
     if not isinstance(rhs, ScaledArray):
         rhs = quantize_transposed(rhs, recipe.rhs_block_shape, **options.quantizer(recipe.rhs_dtype))
-    return _row_product(options, lhs_q, rhs, sizes, options.out_dtype, bias, options.activation)
+    return row_product(options, lhs_q, rhs, sizes, options.out_dtype, bias, options.activation)
 
 
 def _forward(options: DotOptions, lhs: Any, rhs: Any, bias: Any, sizes: Any) -> tuple[jax.Array, Any]:
     """fprop, keeping what the backward pass needs."""
-    recipe = options.recipe
     with jax.named_scope("fp8_fprop"):
-        lhs = _drop_masked(options, lhs, sizes)
-        lhs_q, lhs_residual = _quantize_lhs(options, lhs, sizes)
-        if isinstance(rhs, ScaledArray):
-            rhs_forward = rhs_residual = rhs
-        else:
-            rhs_residual, rhs_forward, _ = quantize_both(
-                rhs, recipe.rhs_block_shape, **options.quantizer(recipe.rhs_dtype)
-            )
-        out = _row_product(options, lhs_q, rhs_forward, sizes, options.out_dtype, bias, None)
+        lhs = drop_masked(options, lhs, sizes)
+        lhs_q, lhs_residual = quantize_lhs(options, lhs, sizes)
+        rhs_residual, rhs_forward = quantize_rhs(options, rhs)
+        out = row_product(options, lhs_q, rhs_forward, sizes, options.out_dtype, bias, None)
     pre_activation = None
     if options.activation is not None:
         # The derivative needs what the activation was applied to, so that is what the product stores.
         pre_activation = checkpoint_name(out, RESIDUAL_NAMES[2])
         out = _activate(options, pre_activation)
     residuals = (
-        _name(lhs_residual, RESIDUAL_NAMES[0]),
-        _name(rhs_residual, RESIDUAL_NAMES[1]),
+        name_residual(lhs_residual, RESIDUAL_NAMES[0]),
+        name_residual(rhs_residual, RESIDUAL_NAMES[1]),
         pre_activation,
         sizes,
     )
@@ -118,31 +112,20 @@ def _forward(options: DotOptions, lhs: Any, rhs: Any, bias: Any, sizes: Any) -> 
 def _backward(options: DotOptions, residuals: Any, dout: jax.Array) -> tuple[Any, ...]:
     """dgrad, wgrad and the bias' gradient."""
     lhs_residual, rhs_residual, pre_activation, sizes = residuals
-    if pre_activation is not None:
-        _, pull_back = jax.vjp(functools.partial(_activate, options), pre_activation)
-        (dout,) = pull_back(dout)
-    dout = _drop_masked(options, dout, sizes)
+    dout = drop_masked(options, dout, sizes)
     with jax.named_scope("fp8_quantize_dout"):
-        dout_q, dout_wgrad, dbias = _quantize_dout(options, dout, sizes)
+        dout_q, dout_wgrad, dbias = quantize_dout(options, dout, sizes, pre_activation)
     with jax.named_scope("fp8_dgrad"):
-        rhs = rhs_residual.T if options.rhs_dtype is None else rhs_residual
-        dlhs = _row_product(options, dout_q, rhs, sizes, options.lhs_dtype)
-    drhs = None
-    if options.rhs_dtype is not None:  # a weight that came quantised is a constant
-        with jax.named_scope("fp8_wgrad"):
-            # Summed in float32 in any case; rounded by the product itself unless devices' shares are still to be added.
-            is_partial = bool(varying_axes(dout) - options.varying[1])
-            out_dtype = jnp.float32 if is_partial else options.rhs_dtype
-            drhs = _wgrad(options, lhs_residual, dout_wgrad, sizes, out_dtype)
-    dtypes = (options.lhs_dtype, options.rhs_dtype, options.bias_dtype)
-    gradients = zip((dlhs, drhs, dbias), options.varying, dtypes, strict=True)
-    return *(g if g is None else sum_replicated(g, axes).astype(dtype) for g, axes, dtype in gradients), None
+        dlhs = dgrad(options, dout_q, rhs_residual, sizes, options.lhs_dtype)
+    with jax.named_scope("fp8_wgrad"):
+        drhs = wgrad(options, lhs_residual, dout_wgrad, sizes)
+    return *settle_gradients(options, dlhs, drhs, dbias), None
 
 
 scaled_dot.defvjp(_forward, _backward)
 
 
-def _row_product(
+def row_product(
     options: DotOptions,
     lhs: ScaledArray,
     rhs: ScaledArray,
@@ -162,12 +145,22 @@ def _row_product(
     return masked_grouped_gemm(lhs, rhs, sizes, bias, **keywords)
 
 
-def _wgrad(options: DotOptions, lhs: Any, dout: Any, sizes: Any, out_dtype: Any) -> jax.Array:
-    """The gradient of rhs, `[k, n]` or `[g, k, n]`, summed in float32, from what the quantisers below kept."""
+def dgrad(options: DotOptions, dout: ScaledArray, rhs: ScaledArray, sizes: Any, out_dtype: Any) -> jax.Array:
+    """The gradient of lhs, from the weight that the forward pass kept."""
+    rhs = rhs.T if options.rhs_dtype is None else rhs  # one that came quantised was kept as it came
+    return row_product(options, dout, rhs, sizes, out_dtype)
+
+
+def wgrad(options: DotOptions, lhs: Any, dout: Any, sizes: Any = None) -> jax.Array | None:
+    """The gradient of rhs, `[k, n]` or `[g, k, n]`, from what the quantisers below kept; None for a constant."""
+    if options.rhs_dtype is None:  # a weight that came quantised
+        return None
     if options.recipe.wgrad_dtype == "bf16":
         return _wgrad_bf16(options, lhs, dout, sizes)
+    # Summed in float32 in any case; rounded by the product itself unless devices' shares are still to be added.
+    is_partial = bool(varying_axes(dout) - options.varying[1])
     keywords: dict[str, Any] = {
-        "preferred_element_type": out_dtype,
+        "preferred_element_type": jnp.float32 if is_partial else options.rhs_dtype,
         "implementation": options.implementation,
     }
     if options.kind == "dense":
@@ -176,6 +169,13 @@ def _wgrad(options: DotOptions, lhs: Any, dout: Any, sizes: Any, out_dtype: Any)
         return k_grouped_gemm(lhs, dout, sizes, **keywords)
     every_row = jnp.full(sizes.shape, lhs.rows, jnp.int32)
     return masked_grouped_gemm(lhs, dout, every_row, fill="unspecified", **keywords)
+
+
+def settle_gradients(options: DotOptions, *gradients: Any) -> list[Any]:
+    """Gives the gradients of lhs, rhs and bias the dtypes of what they belong to, summed over the mesh where needed."""
+    dtypes = (options.lhs_dtype, options.rhs_dtype, options.bias_dtype)
+    triples = zip(gradients, options.varying, dtypes, strict=True)
+    return [g if g is None else sum_replicated(g, axes).astype(dtype) for g, axes, dtype in triples]
 
 
 def _wgrad_bf16(options: DotOptions, lhs: jax.Array, dout: jax.Array, sizes: Any) -> jax.Array:
@@ -191,7 +191,15 @@ def _wgrad_bf16(options: DotOptions, lhs: jax.Array, dout: jax.Array, sizes: Any
     return jax.lax.ragged_dot_general(lhs, dout, jnp.diff(offsets), numbers, preferred_element_type=jnp.float32)
 
 
-def _quantize_lhs(options: DotOptions, lhs: jax.Array, sizes: Any) -> tuple[ScaledArray, Any]:
+def quantize_rhs(options: DotOptions, rhs: Any) -> tuple[ScaledArray, ScaledArray]:
+    """Returns rhs as dgrad and as fprop need it."""
+    if isinstance(rhs, ScaledArray):
+        return rhs, rhs
+    recipe = options.recipe
+    return quantize_both(rhs, recipe.rhs_block_shape, **options.quantizer(recipe.rhs_dtype))[:2]
+
+
+def quantize_lhs(options: DotOptions, lhs: jax.Array, sizes: Any = None) -> tuple[ScaledArray, Any]:
     """Returns lhs as fprop and as wgrad need it; None for wgrad if the weight is a constant."""
     recipe, keywords = options.recipe, options.quantizer(options.recipe.lhs_dtype)
     fp8_wgrad = options.rhs_dtype is not None and recipe.wgrad_dtype == "fp8"
@@ -200,23 +208,34 @@ def _quantize_lhs(options: DotOptions, lhs: jax.Array, sizes: Any) -> tuple[Scal
     natural = quantize(lhs, recipe.lhs_block_shape, **keywords)
     if options.rhs_dtype is None:
         return natural, None
-    return natural, _for_wgrad(options, lhs, sizes, keywords) if fp8_wgrad else lhs
+    return natural, for_wgrad(options, lhs, sizes, keywords) if fp8_wgrad else lhs
 
 
-def _quantize_dout(options: DotOptions, dout: jax.Array, sizes: Any) -> tuple[ScaledArray, Any, jax.Array | None]:
-    """Returns dout as dgrad and as wgrad need it, and its float32 sum over the rows if there is a bias."""
+def quantize_dout(
+    options: DotOptions, dout: jax.Array, sizes: Any = None, pre_activation: jax.Array | None = None
+) -> tuple[ScaledArray, Any, jax.Array | None]:
+    """Returns dout as dgrad and as wgrad need it, and its float32 sum over the rows if there is a bias.
+
+    With an activation, what is returned is of the gradient of what it was applied to.
+    """
     recipe, keywords = options.recipe, options.quantizer(options.recipe.dout_dtype)
     fp8_wgrad = options.rhs_dtype is not None and recipe.wgrad_dtype == "fp8"
     has_bias = options.bias_dtype is not None
     if fp8_wgrad and options.kind != "grouped" and recipe.dout_block_shape[0] == 1:
-        natural, for_wgrad, dbias = quantize_both(dout, recipe.dout_block_shape, column_sum=has_bias, **keywords)
-        return natural, for_wgrad, dbias
+        if pre_activation is None:
+            return quantize_both(dout, recipe.dout_block_shape, column_sum=has_bias, **keywords)
+        function = f"{options.activation}_backward"
+        [result] = quantize_function(function, dout, pre_activation, column_sum=has_bias, **keywords)
+        return result  # type: ignore[return-value]  # natural and transposed are asked for
+    if pre_activation is not None:
+        _, pull_back = jax.vjp(functools.partial(_activate, options), pre_activation)
+        (dout,) = pull_back(dout)
     natural = quantize(dout, recipe.dout_block_shape, **keywords)
-    kept = _for_wgrad(options, dout, sizes, keywords) if fp8_wgrad else dout
+    kept = for_wgrad(options, dout, sizes, keywords) if fp8_wgrad else dout
     return natural, kept, _sum_rows(options, dout, sizes) if has_bias else None
 
 
-def _for_wgrad(options: DotOptions, x: jax.Array, sizes: Any, keywords: dict[str, Any]) -> ScaledArray:
+def for_wgrad(options: DotOptions, x: jax.Array, sizes: Any, keywords: dict[str, Any]) -> ScaledArray:
     """Quantises an operand of wgrad: transposed, in blocks of 1x128 along the rows of x."""
     if options.kind == "grouped":
         return quantize_grouped(x, sizes, **keywords)
@@ -234,7 +253,7 @@ def _sum_rows(options: DotOptions, dout: jax.Array, sizes: Any) -> jax.Array:
     return jax.ops.segment_sum(dout, group, num_groups + 1)[:num_groups]
 
 
-def _drop_masked(options: DotOptions, x: jax.Array, sizes: Any) -> jax.Array:
+def drop_masked(options: DotOptions, x: jax.Array, sizes: Any) -> jax.Array:
     """Zeroes the rows past `masked_m`, so that whatever they hold reaches neither a scale nor a sum."""
     if options.kind != "masked":
         return x
@@ -246,5 +265,6 @@ def _activate(options: DotOptions, pre_activation: jax.Array) -> jax.Array:
     return activate(options.activation, pre_activation.astype(jnp.float32)).astype(options.out_dtype)
 
 
-def _name(residual: Any, name: str) -> Any:
+def name_residual(residual: Any, name: str) -> Any:
+    """Names what is kept for the backward pass, for policies of `jax.checkpoint`."""
     return jax.tree.map(lambda leaf: checkpoint_name(leaf, name), residual)

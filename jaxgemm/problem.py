@@ -270,14 +270,14 @@ def check_sizes(name: str, sizes: Any, num_groups: int | None) -> None:
         raise ValueError(f"{name} must be {wanted}, got shape {list(sizes.shape)}")
 
 
-def check_bias(bias: Any, shape: tuple[int, ...]) -> None:
-    """Checks a bias: None, or floats of `shape` (`[n]`, or `[g, n]`)."""
+def check_bias(bias: Any, shape: tuple[int, ...], name: str = "bias", axes: tuple[str, ...] | None = None) -> None:
+    """Checks a bias: None, or floats of `shape` (`[n]`, or `[g, n]`, unless `axes` names them otherwise)."""
     if bias is None:
         return
-    axes = ("n",) if len(shape) == 1 else ("g", "n")
-    check_float_array("bias", bias, axes)
+    axes = axes or (("n",) if len(shape) == 1 else ("g", "n"))
+    check_float_array(name, bias, axes)
     if tuple(bias.shape) != shape:
-        raise ValueError(f"bias must be [{', '.join(axes)}] = {list(shape)}, got {list(bias.shape)}")
+        raise ValueError(f"{name} must be [{', '.join(axes)}] = {list(shape)}, got {list(bias.shape)}")
 
 
 def _check_scaled_operand(name: str, operand: Any, axes: tuple[str, ...]) -> None:

@@ -4,6 +4,8 @@ The oracle of a product is the float64 product of the *dequantised* operands: it
 so a scale that is wrong in one block of one tile stands out.
 """
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,6 +103,15 @@ def group_rows(sizes, limit):
         end = min(start + max(int(size), 0), limit)
         yield group, start, end
         start = end
+
+
+def collectives(lowered, tmp_path):
+    """What the partitioner put in, as `(operation, dtype, shape)`; a CPU's compiler turns FP8 into float16 later on."""
+    compiled = lowered.compile({"xla_dump_to": str(tmp_path), "xla_dump_hlo_pass_re": "spmd-partitioning"})
+    (path,) = tmp_path.glob("*after_spmd-partitioning*.txt")
+    pattern = r"= (\w+)\[([\d,]*)\]\S* (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)\("
+    found = re.findall(pattern, path.read_text())
+    return compiled, [(op, dtype, tuple(map(int, filter(None, shape.split(","))))) for dtype, shape, op in found]
 
 
 def available_implementations():

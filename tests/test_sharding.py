@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from support import ROW, SQUARE, assert_close, random
+from support import ROW, SQUARE, assert_close, collectives, random
 
 import jaxgemm
 
@@ -47,15 +46,6 @@ def loss(dot, *args):
 
 def value_and_gradients(dot, argnums=(0, 1, 2)):
     return jax.value_and_grad(functools.partial(loss, dot), argnums)
-
-
-def collectives(lowered, tmp_path):
-    """What the partitioner put in, as `(operation, dtype, shape)`; a CPU's compiler turns FP8 into float16 later on."""
-    compiled = lowered.compile({"xla_dump_to": str(tmp_path), "xla_dump_hlo_pass_re": "spmd-partitioning"})
-    (path,) = tmp_path.glob("*after_spmd-partitioning*.txt")
-    pattern = r"= (\w+)\[([\d,]*)\]\S* (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)\("
-    found = re.findall(pattern, path.read_text())
-    return compiled, [(op, dtype, tuple(map(int, filter(None, shape.split(","))))) for dtype, shape, op in found]
 
 
 def assert_all_close(got, expected, bound):

@@ -1,0 +1,234 @@
+"""The fused MLP: the quantised maths in float64, and the same layers one by one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import E5M2, ROW, SQUARE, activate, assert_close, dequantized, difference, random
+
+import jaxgemm
+from jaxgemm import DEEPSEEK, Recipe, quantize
+
+GATED, JOINED, PLAIN = "gate", "gate within w_up", "no gate"
+NAMES = ("x", "w_up", "w_down", "w_gate", "bias_up", "bias_down", "bias_gate")
+
+
+def slope(x, activation):
+    """The derivative, by a difference quotient in float64."""
+    step = 1e-6
+    return (activate(x + step, activation) - activate(x - step, activation)) / (2 * step)
+
+
+def draw(kind, m, k, h, n, dtype=jnp.float32, bias=True, lead=()):
+    """The arguments of an MLP by name."""
+    shapes = {"x": (*lead, m, k), "w_up": (k, h), "w_down": (h, n), "bias_up": (h,), "bias_down": (n,)}
+    if kind == GATED:
+        shapes |= {"w_gate": (k, h), "bias_gate": (h,)}
+    if kind == JOINED:
+        shapes |= {"w_up": (k, 2, h), "bias_up": (2, h)}
+    spread = {"w_up": k**-0.5, "w_gate": k**-0.5, "w_down": h**-0.5}
+    drawn = {
+        name: random(i, *shape, dtype=dtype, scale=spread.get(name, 1.0))
+        for i, (name, shape) in enumerate(shapes.items())
+    }
+    return {name: a for name, a in drawn.items() if bias or not name.startswith("bias")}
+
+
+def run(arguments, dout, **keywords):
+    """Value and gradients by name."""
+    out, pull_back = jax.vjp(lambda a: jaxgemm.fp8_mlp(**a, **keywords), arguments)
+    return out, pull_back(dout)[0]
+
+
+def quantised_maths(arguments, dout, activation, recipe):
+    """Value and gradients of the very same quantised maths, in float64 numpy; one list entry for each first layer."""
+    kind = {"power_of_two": recipe.power_of_two}
+    a = dict.fromkeys(NAMES) | arguments
+    x, k = a["x"], a["x"].shape[1]
+    joined = a["w_up"].ndim == 3
+    first = [(a["w_up"].reshape(k, -1), a["bias_up"])]
+    if a["w_gate"] is not None:
+        first = [(a["w_gate"], a["bias_gate"]), *first]
+
+    def through(w, x_q, bias):
+        w_q = dequantized(quantize(w.T, recipe.rhs_block_shape, recipe.rhs_dtype, **kind)).T
+        return x_q @ w_q + (0 if bias is None else np.asarray(bias, np.float64).reshape(-1))
+
+    def back(w, dout):
+        w_q = dequantized(quantize(w, recipe.rhs_block_shape, recipe.rhs_dtype, **kind))
+        return dequantized(quantize(dout, recipe.dout_block_shape, recipe.dout_dtype, **kind)) @ w_q.T
+
+    def weight_gradient(x, dout):
+        if recipe.wgrad_dtype == "bf16":
+            return np.float64(x.T.astype(jnp.bfloat16)) @ np.float64(dout.astype(jnp.bfloat16))
+        x_q, d_q = quantize(x.T, ROW, recipe.lhs_dtype, **kind), quantize(dout.T, ROW, recipe.dout_dtype, **kind)
+        return dequantized(x_q) @ dequantized(d_q).T
+
+    def stored(a):
+        return jnp.asarray(a, x.dtype)
+
+    def operand(a):
+        return dequantized(quantize(a, recipe.lhs_block_shape, recipe.lhs_dtype, **kind))
+
+    pre = [np.asarray(stored(through(w, operand(x), bias)), np.float64) for w, bias in first]
+    *gate, up = np.split(pre[0], 2, 1) if joined else pre
+    hidden = stored(activate(gate[0], activation) * up if gate else activate(up, activation))
+    out = through(a["w_down"], operand(hidden), a["bias_down"])
+    dhidden = np.asarray(stored(back(a["w_down"], dout)), np.float64)
+    if gate:
+        dpre = [dhidden * up * slope(gate[0], activation), dhidden * activate(gate[0], activation)]
+    else:
+        dpre = [dhidden * slope(up, activation)]
+    dpre = [stored(d) for d in ([np.concatenate(dpre, 1)] if joined else dpre)]
+    dw = [weight_gradient(x, d).reshape(a["w_up"].shape) for d in dpre]
+    db = [np.asarray(d, np.float64).sum(0) for d in dpre]
+    gradients = {
+        "x": sum(back(w, d) for (w, _), d in zip(first, dpre, strict=True)),
+        "w_down": weight_gradient(hidden, dout),
+        "bias_down": np.asarray(dout, np.float64).sum(0),
+        "w_up": dw[-1], "bias_up": db[-1], "w_gate": dw[0], "bias_gate": db[0],
+    }  # fmt: skip
+    return out, {name: gradients[name].reshape(value.shape) for name, value in arguments.items()}
+
+
+MIXED = Recipe(power_of_two=True, dout_dtype=E5M2)
+
+
+@pytest.mark.parametrize(
+    "kind, activation, sizes, recipe",
+    [
+        (GATED, "silu", (7, 13, 9, 5), DEEPSEEK),
+        (GATED, "gelu", (33, 200, 70, 40), MIXED),
+        (GATED, "silu", (70, 130, 130, 130), Recipe(wgrad_dtype="bf16")),
+        (JOINED, "silu", (130, 64, 256, 130), DEEPSEEK),
+        (JOINED, "relu", (7, 13, 77, 5), DEEPSEEK),
+        (JOINED, "silu", (33, 40, 70, 40), Recipe(lhs_block_shape=SQUARE, dout_block_shape=SQUARE)),
+        (PLAIN, "gelu", (130, 64, 200, 7), DEEPSEEK),
+    ],
+)
+def test_value_and_gradients_are_the_quantised_maths(kind, activation, sizes, recipe, implementation):
+    arguments, dout = draw(kind, *sizes), random(9, sizes[0], sizes[3])
+    options = {"activation": activation, "recipe": recipe, "implementation": implementation}
+    out, gradients = jax.jit(functools.partial(run, **options))(arguments, dout)
+    expected, expected_gradients = quantised_maths(arguments, dout, activation, recipe)
+    assert_close(out, expected)
+    assert gradients.keys() == arguments.keys()
+    for name, gradient in gradients.items():
+        assert_close(np.atleast_2d(gradient), np.atleast_2d(expected_gradients[name]))
+    assert_close(jaxgemm.fp8_mlp(**arguments, **options), out, 1e-9)
+
+
+def layer_by_layer(x, w_up, w_down, w_gate=None, bias_up=None, bias_down=None, bias_gate=None):
+    """The same MLP as calls of fp8_dot."""
+    up = jaxgemm.fp8_dot(x, w_up, bias_up).astype(jnp.float32)
+    gate = jaxgemm.fp8_dot(x, w_gate, bias_gate).astype(jnp.float32)
+    return jaxgemm.fp8_dot((jax.nn.silu(gate) * up).astype(x.dtype), w_down, bias_down)
+
+
+@pytest.mark.parametrize("dtype, bound", [(jnp.bfloat16, 1e-5), (jnp.float16, 1e-5)])
+def test_equals_the_layers_one_by_one(dtype, bound):
+    arguments, dout = draw(GATED, 30, 200, 140, 130, dtype, lead=(2,)), random(9, 2, 30, 130, dtype=dtype)
+    out, gradients = jax.jit(run)(arguments, dout)
+    expected, pull_back = jax.vjp(jax.jit(lambda a: layer_by_layer(**a)), arguments)
+    assert out.dtype == dtype and {g.dtype for g in gradients.values()} == {np.dtype(dtype)}
+    assert difference(out, expected) < bound
+    for name, want in pull_back(dout)[0].items():
+        assert difference(gradients[name], want) < bound
+
+
+def test_gate_within_w_up_is_the_same_layer():
+    arguments, dout = draw(GATED, 20, 64, 128, 32), random(9, 20, 32)
+    joined = {name: arguments[name] for name in ("x", "w_down", "bias_down")}
+    joined["w_up"] = jnp.stack([arguments["w_gate"], arguments["w_up"]], 1)
+    joined["bias_up"] = jnp.stack([arguments["bias_gate"], arguments["bias_up"]])
+    (out, gradients), (expected, apart) = jax.jit(run)(joined, dout), jax.jit(run)(arguments, dout)
+    np.testing.assert_array_equal(out, expected)
+    assert_close(gradients["x"], apart["x"], 1e-9)
+    np.testing.assert_array_equal(gradients["w_up"][:, 0], apart["w_gate"])
+    np.testing.assert_array_equal(gradients["w_up"][:, 1], apart["w_up"])
+    np.testing.assert_allclose(gradients["bias_up"][0], apart["bias_gate"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("lead, m", [((), 0), ((2, 0), 3), ((2, 3), 1)])
+def test_any_leading_axes_also_without_rows(lead, m):
+    arguments = draw(JOINED, m, 20, 12, 7, lead=lead)
+    out, gradients = run(arguments, random(9, *lead, m, 7))
+    assert out.shape == (*lead, m, 7)
+    assert {name: g.shape for name, g in gradients.items()} == {name: a.shape for name, a in arguments.items()}
+    np.testing.assert_array_equal(jaxgemm.fp8_mlp(**arguments, preferred_element_type=jnp.bfloat16).shape, out.shape)
+
+
+@pytest.mark.parametrize("frozen", [("w_up", "w_gate", "w_down"), ("w_down",), ("w_gate",)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_quantised_weights_are_constants(frozen, bias):
+    """All other gradients are what they are with float weights."""
+    arguments, dout = draw(GATED, 20, 130, 70, 40, bias=bias), random(9, 20, 40)
+    out, expected = jax.jit(run)(arguments, dout)
+    constants = {name: jaxgemm.quantize_transposed(arguments[name], SQUARE) for name in frozen}
+    rest = {name: a for name, a in arguments.items() if name not in frozen}
+    got, gradients = jax.jit(functools.partial(run, **constants))(rest, dout)
+    np.testing.assert_array_equal(got, out)
+    for name, gradient in gradients.items():
+        np.testing.assert_allclose(gradient, expected[name], rtol=1e-5, atol=1e-5)
+
+
+def test_vmap_over_weights_and_inputs():
+    arguments = draw(GATED, 9, 40, 24, 16, bias=False)
+    many = {name: jnp.stack([a, 2 * a]) for name, a in arguments.items()}
+    dout = random(9, 9, 16)
+    for name in ("x", "w_gate"):
+        axes = {other: 0 if other == name else None for other in arguments}
+        batched = jax.jit(jax.vmap(run, (axes, None)))({**arguments, name: many[name]}, dout)
+        for i in range(2):
+            expected = jax.jit(run)({**arguments, name: many[name][i]}, dout)
+            jax.tree.map(lambda a, b, i=i: assert_close(a[i], b, 1e-9), batched, expected)
+
+
+def residual_bytes(function, *args):
+    """Bytes of what is kept for the backward pass, by dtype, arguments included."""
+    kept = jax.eval_shape(lambda *args: jax.vjp(function, *args)[1], *args)
+    sizes = {}
+    for leaf in jax.tree.leaves(kept):
+        sizes[leaf.dtype.name] = sizes.get(leaf.dtype.name, 0) + leaf.size * leaf.dtype.itemsize
+    return sizes
+
+
+@pytest.mark.parametrize("kind", [GATED, JOINED])
+def test_residuals_are_fp8_but_for_gate_and_up(kind):
+    """One byte an element of x and of each weight once, two of gate and up; the hidden activations are not kept."""
+    m, k, h, n = 256, 512, 384, 640
+    arguments = draw(kind, m, k, h, n, jnp.bfloat16, bias=False)
+    sizes = residual_bytes(lambda a: jaxgemm.fp8_mlp(**a), arguments)
+    assert sizes.keys() == {"float8_e4m3fn", "bfloat16", "float32"}
+    assert sizes["float8_e4m3fn"] == m * k + 2 * k * h + h * n
+    assert sizes["bfloat16"] == 2 * (2 * m * h)
+    assert sizes["float32"] <= 4 * (m * k / 128 + (2 * k * h + h * n) / 128**2 + 1)
+
+
+ONE = jnp.ones((4, 6)), jnp.ones((6, 8)), jnp.ones((8, 5))
+x1, up1, down1 = ONE
+
+
+@pytest.mark.parametrize(
+    "error, call, message",
+    [
+        (ValueError, lambda f: f(x1, up1, down1, activation=None), "activation must be one of 'relu', .* got None"),
+        (ValueError, lambda f: f(x1[:, :5], up1, down1), r"x must be \[..., k\] = \[..., 6\] to match w_up"),
+        (ValueError, lambda f: f(x1, up1, down1[:7]), r"w_down must be \[h, n\] = \[8, n\] to match w_up"),
+        (ValueError, lambda f: f(x1, up1, down1, up1[:, :7]), r"w_gate must be \[k, h\] = \[6, 8\] as w_up is"),
+        (ValueError, lambda f: f(x1, jnp.ones((6, 3, 8)), down1), r"w_up must be \[k, 2, h\] of gate and up"),
+        (ValueError, lambda f: f(x1, jnp.ones((6, 2, 8)), down1, up1), "w_gate then None, .* got a w_gate beside"),
+        (ValueError, lambda f: f(x1, up1, down1, bias_gate=jnp.ones(8)), "bias_gate must be None without w_gate"),
+        (ValueError, lambda f: f(x1, up1, down1, bias_up=jnp.ones(7)), r"bias_up must be \[h\] = \[8\], got \[7\]"),
+        (ValueError, lambda f: f(x1, up1, down1, bias_down=jnp.ones(8)), r"bias_down must be \[n\] = \[5\]"),
+        (ValueError, lambda f: f(x1, up1, jnp.ones(8)), r"w_down must be \[h, n\], got shape \[8\]"),
+        (TypeError, lambda f: f(x1, up1.astype(int), down1), "w_up.dtype must be bfloat16, float16 or float32"),
+        (TypeError, lambda f: f(x1, up1, down1, recipe="deepseek"), "recipe must be a jaxgemm.Recipe, got str"),
+        (ValueError, lambda f: f(x1, up1, down1, implementation="x"), "implementation must be one of"),
+    ],
+)  # fmt: skip
+def test_errors(error, call, message):
+    with pytest.raises(error, match=message):
+        call(jaxgemm.fp8_mlp)
