@@ -101,12 +101,15 @@ def run_quantize(
         return reference.quantize(problem, *inputs)
     from jaxgemm.kernels import hopper_quantize as kernels  # loads Pallas, as below
 
-    shapes, dtype = [x.shape for x in inputs], inputs[0].dtype
+    arrays, sizes = problem.split_inputs(inputs)
+    shapes, dtype = [x.shape for x in arrays], arrays[0].dtype
     if problem.function is None or kernels.why_not(problem, dtype, shapes) is None:
         config = kernels.default_config(problem, dtype)
         return kernels.hopper_quantize(*inputs, problem=problem, config=config, num_sms=sm_count())
-    results = zip(reference.apply_function(problem, *inputs), problem.results(shapes), strict=True)
-    return [y for x, (plain, _) in results for y in run_quantize(plain, platform, chosen, x)]
+    results = zip(reference.apply_function(problem, *arrays), problem.results(shapes), strict=True)
+    passes = [(x, dataclasses.replace(plain, rows=problem.rows)) for x, (plain, _) in results]
+    rest = () if sizes is None else (sizes,)
+    return [y for x, plain in passes for y in run_quantize(plain, platform, chosen, x, *rest)]
 
 
 def _run_xla(problem: GemmProblem, *operands: Any) -> jax.Array:

@@ -24,7 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxgemm import layout
 from jaxgemm.gemm import gemm, grouped_gemm, k_grouped_gemm, masked_grouped_gemm
 from jaxgemm.manual_axes import sum_replicated, varying_axes
-from jaxgemm.quantize import quantize, quantize_both, quantize_function, quantize_grouped, quantize_transposed
+from jaxgemm.quantize import quantize, quantize_both, quantize_function, quantize_segments, quantize_transposed
 from jaxgemm.recipe import Recipe
 from jaxgemm.reference import activate
 from jaxgemm.scaled_array import ScaledArray
@@ -82,7 +82,8 @@ def scaled_dot(options: DotOptions, lhs: Any, rhs: Any, bias: Any, sizes: Any) -
         `[m, n]`; masked `[g, m, n]`.
     """
     recipe = options.recipe
-    lhs_q = quantize(drop_masked(options, lhs, sizes), recipe.lhs_block_shape, **options.quantizer(recipe.lhs_dtype))
+    keywords = {"valid_rows": valid_rows(options, lhs, sizes), **options.quantizer(recipe.lhs_dtype)}
+    lhs_q = quantize(lhs, recipe.lhs_block_shape, **keywords)
     if not isinstance(rhs, ScaledArray):
         rhs = quantize_transposed(rhs, recipe.rhs_block_shape, **options.quantizer(recipe.rhs_dtype))
     return row_product(options, lhs_q, rhs, sizes, options.out_dtype, bias, options.activation)
@@ -91,7 +92,6 @@ def scaled_dot(options: DotOptions, lhs: Any, rhs: Any, bias: Any, sizes: Any) -
 def _forward(options: DotOptions, lhs: Any, rhs: Any, bias: Any, sizes: Any) -> tuple[jax.Array, Any]:
     """fprop, keeping what the backward pass needs."""
     with jax.named_scope("fp8_fprop"):
-        lhs = drop_masked(options, lhs, sizes)
         lhs_q, lhs_residual = quantize_lhs(options, lhs, sizes)
         rhs_residual, rhs_forward = quantize_rhs(options, rhs)
         out = row_product(options, lhs_q, rhs_forward, sizes, options.out_dtype, bias, None)
@@ -112,7 +112,6 @@ def _forward(options: DotOptions, lhs: Any, rhs: Any, bias: Any, sizes: Any) -> 
 def _backward(options: DotOptions, residuals: Any, dout: jax.Array) -> tuple[Any, ...]:
     """dgrad, wgrad and the bias' gradient."""
     lhs_residual, rhs_residual, pre_activation, sizes = residuals
-    dout = drop_masked(options, dout, sizes)
     with jax.named_scope("fp8_quantize_dout"):
         dout_q, dout_wgrad, dbias = quantize_dout(options, dout, sizes, pre_activation)
     with jax.named_scope("fp8_dgrad"):
@@ -202,13 +201,14 @@ def quantize_rhs(options: DotOptions, rhs: Any) -> tuple[ScaledArray, ScaledArra
 def quantize_lhs(options: DotOptions, lhs: jax.Array, sizes: Any = None) -> tuple[ScaledArray, Any]:
     """Returns lhs as fprop and as wgrad need it; None for wgrad if the weight is a constant."""
     recipe, keywords = options.recipe, options.quantizer(options.recipe.lhs_dtype)
+    keywords["valid_rows"] = valid_rows(options, lhs, sizes)
     fp8_wgrad = options.rhs_dtype is not None and recipe.wgrad_dtype == "fp8"
     if fp8_wgrad and options.kind != "grouped" and recipe.lhs_block_shape[0] == 1:
         return quantize_both(lhs, recipe.lhs_block_shape, **keywords)[:2]
     natural = quantize(lhs, recipe.lhs_block_shape, **keywords)
     if options.rhs_dtype is None:
         return natural, None
-    return natural, for_wgrad(options, lhs, sizes, keywords) if fp8_wgrad else lhs
+    return natural, for_wgrad(options, lhs, sizes, keywords)[0] if fp8_wgrad else drop_masked(options, lhs, sizes)
 
 
 def quantize_dout(
@@ -221,6 +221,7 @@ def quantize_dout(
     recipe, keywords = options.recipe, options.quantizer(options.recipe.dout_dtype)
     fp8_wgrad = options.rhs_dtype is not None and recipe.wgrad_dtype == "fp8"
     has_bias = options.bias_dtype is not None
+    keywords["valid_rows"] = valid_rows(options, dout, sizes)
     if fp8_wgrad and options.kind != "grouped" and recipe.dout_block_shape[0] == 1:
         if pre_activation is None:
             return quantize_both(dout, recipe.dout_block_shape, column_sum=has_bias, **keywords)
@@ -231,15 +232,21 @@ def quantize_dout(
         _, pull_back = jax.vjp(functools.partial(_activate, options), pre_activation)
         (dout,) = pull_back(dout)
     natural = quantize(dout, recipe.dout_block_shape, **keywords)
-    kept = for_wgrad(options, dout, sizes, keywords) if fp8_wgrad else dout
-    return natural, kept, _sum_rows(options, dout, sizes) if has_bias else None
+    if fp8_wgrad:
+        return natural, *for_wgrad(options, dout, sizes, keywords, column_sum=has_bias)
+    dout = drop_masked(options, dout, sizes)
+    return natural, dout, _sum_rows(options, dout, sizes) if has_bias else None
 
 
-def for_wgrad(options: DotOptions, x: jax.Array, sizes: Any, keywords: dict[str, Any]) -> ScaledArray:
-    """Quantises an operand of wgrad: transposed, in blocks of 1x128 along the rows of x."""
+def for_wgrad(
+    options: DotOptions, x: jax.Array, sizes: Any, keywords: dict[str, Any], column_sum: bool = False
+) -> tuple[ScaledArray, jax.Array | None]:
+    """Quantises an operand of wgrad, transposed, in blocks of 1x128 along the rows of x; sums the rows if asked to."""
     if options.kind == "grouped":
-        return quantize_grouped(x, sizes, **keywords)
-    return quantize_transposed(x, **keywords)
+        keywords = {name: value for name, value in keywords.items() if name != "valid_rows"}
+        return quantize_segments(x, sizes, column_sum=column_sum, **keywords)
+    total = _sum_rows(options, drop_masked(options, x, sizes), sizes) if column_sum else None
+    return quantize_transposed(x, **keywords), total
 
 
 def _sum_rows(options: DotOptions, dout: jax.Array, sizes: Any) -> jax.Array:
@@ -251,6 +258,13 @@ def _sum_rows(options: DotOptions, dout: jax.Array, sizes: Any) -> jax.Array:
     offsets = layout.group_offsets(sizes, rows)
     group = jnp.where(jnp.arange(rows) < offsets[-1], layout.group_of_row(offsets, rows), num_groups)
     return jax.ops.segment_sum(dout, group, num_groups + 1)[:num_groups]
+
+
+def valid_rows(options: DotOptions, x: jax.Array, sizes: Any) -> jax.Array | None:
+    """How many of the first rows of each matrix belong to a group; None where all do."""
+    if options.kind == "masked":
+        return sizes
+    return layout.group_offsets(sizes, x.shape[0])[-1] if options.kind == "grouped" else None
 
 
 def drop_masked(options: DotOptions, x: jax.Array, sizes: Any) -> jax.Array:

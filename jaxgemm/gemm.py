@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxgemm.layout import clip_to_int32
 from jaxgemm.primitives import bind_gemm
 from jaxgemm.problem import GemmProblem, check_fill, check_implementation, make_problem
 from jaxgemm.scaled_array import ScaledArray
@@ -205,7 +206,5 @@ def _bind(
     if addend is not None:
         operands.append(jnp.asarray(addend))
     if sizes is not None:
-        # Wider integers are clipped, not wrapped: too large a size stays too large.
-        largest = min(jnp.iinfo(jnp.int32).max, jnp.iinfo(sizes.dtype).max)
-        operands.append(jnp.minimum(sizes, jnp.asarray(largest, sizes.dtype)).astype(jnp.int32))
+        operands.append(clip_to_int32(sizes))
     return bind_gemm(problem, implementation, *operands)

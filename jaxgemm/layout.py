@@ -208,6 +208,12 @@ def aligned_source_rows(
     return jnp.where(valid, offsets[group] + within, 0), group, valid
 
 
+def clip_to_int32(sizes: jax.Array) -> jax.Array:
+    """Returns integers as int32. Wider ones are clipped, not wrapped: too large a size stays too large."""
+    largest = min(jnp.iinfo(jnp.int32).max, jnp.iinfo(sizes.dtype).max)
+    return jnp.minimum(sizes, jnp.asarray(largest, sizes.dtype)).astype(jnp.int32)
+
+
 def clip_aligned_sizes(group_sizes: jax.Array, limit: int, alignment: int) -> jax.Array:
     """Makes the sizes of aligned groups valid: what lies past `limit` rows of the aligned layout is cut off.
 

@@ -135,8 +135,10 @@ def local_quantize(
     *inputs: jax.Array,
 ) -> list[jax.Array]:
     """One device's share of a quantising pass; column sums are added over the mesh."""
+    axes = split.letters.get("r", ())
+    if problem.rows == "masked":
+        inputs = (*inputs[:-1], _local_mask(inputs[-1], rule.lengths["r"], axes))
     outputs = dispatch.run_quantize(problem, platform, implementation, *inputs)
-    axes = split.letters.get("r")
     if not axes:
         return outputs
     # Of all results, a column sum alone has no rows.
@@ -164,11 +166,20 @@ def _local_rows(problem: GemmProblem, sizes: jax.Array, rows: int, axes: Axes) -
     """Returns the sizes that groups have in this device's part of `rows` rows, which are split over `axes`."""
     if not axes:
         return sizes
+    if problem.kind == "masked":
+        return _local_mask(sizes, rows, axes)
     local_rows = rows // jax.lax.axis_size(axes)
     start = jax.lax.axis_index(axes) * local_rows
-    if problem.kind == "masked":
-        return jnp.clip(jnp.clip(sizes, 0, rows).astype(jnp.int32) - start, 0, local_rows)
     return jnp.diff(jnp.clip(layout.group_offsets(sizes, rows) - start, 0, local_rows))
+
+
+def _local_mask(sizes: jax.Array, rows: int, axes: Axes) -> jax.Array:
+    """Returns how many of the first rows that count are in this device's part of `rows` rows, split over `axes`."""
+    if not axes:
+        return sizes
+    local_rows = rows // jax.lax.axis_size(axes)
+    start = jax.lax.axis_index(axes) * local_rows
+    return jnp.clip(jnp.clip(sizes, 0, rows).astype(jnp.int32) - start, 0, local_rows)
 
 
 def _local_segments(problem: GemmProblem, sizes: jax.Array, local_k: int, axes: Axes) -> jax.Array:

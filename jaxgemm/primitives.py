@@ -6,7 +6,7 @@ batched operands, and no derivatives: those exist above quantisation, in `jaxgem
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -79,13 +79,15 @@ def _gemm_abstract(*operands: Any, problem: GemmProblem, implementation: str | N
 def _quantize_abstract(*inputs: Any, problem: QuantizeProblem, implementation: str | None) -> list[Any]:
     del implementation
     outputs: list[Any] = []
-    for plain, (*lead, rows, cols) in problem.results([x.shape for x in inputs]):
+    arrays, _ = problem.split_inputs(inputs)
+    for plain, (*lead, rows, cols) in problem.results([x.shape for x in arrays]):
         if plain.natural:
             outputs += _stored_types(inputs, rows, cols, plain.block_shape, plain.dtype)
         if plain.transposed:
             block_shape = transposed_block_shape(plain.block_shape, rows, cols)
             outputs += _stored_types(inputs, cols, rows, block_shape, plain.dtype)
         if plain.column_sum:
+            lead = [problem.num_groups] if problem.rows == "segments" else lead
             outputs.append(result_type(inputs, (*lead, cols), jnp.float32))
     return outputs
 
@@ -146,15 +148,7 @@ def _batch_in_turn(
     operands: Sequence[Any], axes: Sequence[int | None], *, problem: GemmProblem, implementation: str | None
 ) -> tuple[jax.Array, int]:
     """Runs the products of a batch one after the other: each has its own partition into groups."""
-    _, operands = _axes_to_front(operands, axes)
-    mapped = [x for x, axis in zip(operands, axes, strict=True) if axis is not None]
-
-    def one(slices: list[Any]) -> jax.Array:
-        remaining = iter(slices)
-        full = [x if axis is None else next(remaining) for x, axis in zip(operands, axes, strict=True)]
-        return bind_gemm(problem, implementation, *full)
-
-    return jax.lax.map(one, mapped), 0
+    return _map(functools.partial(bind_gemm, problem, implementation), operands, axes), 0
 
 
 def _batch_quantize(
@@ -164,10 +158,25 @@ def _batch_quantize(
     problem: QuantizeProblem,
     implementation: str | None,
 ) -> tuple[list[jax.Array], list[int]]:
-    size, operands = _axes_to_front(operands, axes)
-    inputs = [_broadcast_front(x, size, axis) for x, axis in zip(operands, axes, strict=True)]
-    outputs = bind_quantize(problem, implementation, *inputs)
+    bind = functools.partial(bind_quantize, problem, implementation)
+    if problem.rows == "segments":  # of which each array has its own
+        outputs = _map(bind, operands, axes)
+    else:
+        size, operands = _axes_to_front(operands, axes)
+        outputs = bind(*(_broadcast_front(x, size, axis) for x, axis in zip(operands, axes, strict=True)))
     return outputs, [0] * len(outputs)
+
+
+def _map(bind: Callable[..., Any], operands: Sequence[Any], axes: Sequence[int | None]) -> Any:
+    """Binds a primitive for each element of a batch, one after the other."""
+    _, operands = _axes_to_front(operands, axes)
+    mapped = [x for x, axis in zip(operands, axes, strict=True) if axis is not None]
+
+    def one(slices: list[Any]) -> Any:
+        remaining = iter(slices)
+        return bind(*(x if axis is None else next(remaining) for x, axis in zip(operands, axes, strict=True)))
+
+    return jax.lax.map(one, mapped)
 
 
 def _axes_to_front(operands: Sequence[Any], axes: Sequence[int | None]) -> tuple[int, list[Any]]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgemm.elementwise import FUNCTIONS
+from jaxgemm.layout import aligned_capacity
 from jaxgemm.scaled_array import FP8_DTYPES, ScaledArray, stored_scales_shape, stored_values_shape
 
 Kind = Literal["dense", "grouped", "masked", "k_grouped"]
@@ -95,6 +96,11 @@ class QuantizeProblem:
         joined: for a gated function: whether gate and up are one input `[..., rows, 2 cols]`, side by side, and their
             gradients one result likewise.
         hidden: for a backward function: whether to return the forward function's result too, transposed alone.
+        rows: which rows count. "all"; "masked": the first ones of each matrix, as many as a last input says, int32 of
+            the leading axes; "segments": those of contiguous groups, whose sizes are a last input, int32 `[g]`: what is
+            returned is transposed alone, its columns in segments that start at multiples of 128. Rows that do not
+            count are zeros to the results, whatever they hold; kernels do not read them.
+        num_groups: for "segments": the number of groups.
     """
 
     block_shape: tuple[int, int]
@@ -106,6 +112,12 @@ class QuantizeProblem:
     function: str | None = None
     joined: bool = False
     hidden: bool = False
+    rows: str = "all"
+    num_groups: int = 0
+
+    def split_inputs(self, inputs: Sequence[Any]) -> tuple[Sequence[Any], Any]:
+        """Returns the arrays among the inputs of a pass, and the sizes; None if every row counts."""
+        return (inputs, None) if self.rows == "all" else (inputs[:-1], inputs[-1])
 
     def columns(self, shapes: Sequence[tuple[int, ...]]) -> int:
         """Returns the columns of the arrays that the function takes, gate and up apart from one another."""
@@ -113,7 +125,13 @@ class QuantizeProblem:
         return shapes[0][-1] // 2 if is_halved else shapes[0][-1]
 
     def results(self, shapes: Sequence[tuple[int, ...]]) -> "list[tuple[QuantizeProblem, tuple[int, ...]]]":
-        """Returns what is quantised of inputs of these shapes: of each array, the plain pass over it and its shape."""
+        """Returns what is quantised of arrays of these shapes: of each, the plain pass over it and its shape."""
+        if self.rows != "all":
+            plain = dataclasses.replace(self, rows="all", num_groups=0)
+            if self.rows == "segments":
+                rows, cols = shapes[0]
+                shapes = [(aligned_capacity(rows, self.num_groups), cols)]
+            return plain.results(shapes)
         if self.function is None:
             return [(self, tuple(shapes[0]))]
         function = FUNCTIONS[self.function]

@@ -1,5 +1,6 @@
 """Quantising: float arrays to `ScaledArray` and back."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from jaxgemm import layout, reference
 from jaxgemm.elementwise import FUNCTIONS
 from jaxgemm.explicit_axes import entries_of, run_automatic
+from jaxgemm.layout import clip_to_int32
 from jaxgemm.primitives import bind_quantize
 from jaxgemm.problem import (
     QuantizeProblem,
@@ -34,6 +36,7 @@ def quantize(
     dtype: Any = jnp.float8_e4m3fn,
     *,
     power_of_two: bool = False,
+    valid_rows: jax.Array | None = None,
     implementation: str | None = None,
 ) -> ScaledArray:
     """Quantises an array to FP8 with one float32 scale per block: `scale = amax(block) / max(dtype)`.
@@ -47,6 +50,8 @@ def quantize(
             for one scale a row, `(m, k)` for one scale a matrix. Blocks at the edges may be partial.
         dtype: float8_e4m3fn (largest 448) or float8_e5m2 (largest 57344).
         power_of_two: rounds scales up to powers of two, which makes scaling exact.
+        valid_rows: None, or integer `[...]`, as many as there are matrices: how many of the first rows of each count.
+            The others are zeros to the result, whatever they hold, and kernels do not read them.
         implementation: None for the best there is, or "mosaic", "triton", "xla".
 
     Returns:
@@ -66,7 +71,7 @@ def quantize(
     """
     check_float_array("x", x, ("...", "m", "k"))
     problem = _quantize_problem(x, block_shape, dtype, power_of_two, implementation)
-    values, scales = bind_quantize(problem, implementation, x)
+    values, scales = _bind(problem, implementation, valid_rows, x)
     return ScaledArray(values, scales, x.shape[-2], x.shape[-1], problem.block_shape)
 
 
@@ -77,6 +82,7 @@ def quantize_both(
     *,
     power_of_two: bool = False,
     column_sum: bool = False,
+    valid_rows: jax.Array | None = None,
     implementation: str | None = None,
 ) -> tuple[ScaledArray, ScaledArray, jax.Array | None]:
     """Quantises an array and its transpose in one pass over it, as training needs both.
@@ -90,6 +96,7 @@ def quantize_both(
         dtype: as in `quantize`.
         power_of_two: as in `quantize`.
         column_sum: whether to sum over the rows too: the gradient of a bias, if x is that of the output.
+        valid_rows: as in `quantize`.
         implementation: as in `quantize`.
 
     Returns:
@@ -107,7 +114,7 @@ def quantize_both(
     problem = _quantize_problem(
         x, block_shape, dtype, power_of_two, implementation, transposed=True, column_sum=column_sum
     )
-    values, scales, values_t, scales_t, *total = bind_quantize(problem, implementation, x)
+    values, scales, values_t, scales_t, *total = _bind(problem, implementation, valid_rows, x)
     (rows, cols), block = x.shape[-2:], problem.block_shape
     transposed = ScaledArray(values_t, scales_t, cols, rows, transposed_block_shape(block, rows, cols))
     return ScaledArray(values, scales, rows, cols, block), transposed, total[0] if total else None
@@ -119,6 +126,7 @@ def quantize_transposed(
     dtype: Any = jnp.float8_e4m3fn,
     *,
     power_of_two: bool = False,
+    valid_rows: jax.Array | None = None,
     implementation: str | None = None,
 ) -> ScaledArray:
     """Quantises the transpose of the last two axes: `quantize(x.swapaxes(-1, -2))` without a transposed copy of x.
@@ -130,6 +138,7 @@ def quantize_transposed(
         block_shape: of the *untransposed* array, as in `quantize`; blocks of one row lie along the transpose's rows.
         dtype: as in `quantize`.
         power_of_two: as in `quantize`.
+        valid_rows: as in `quantize`.
         implementation: as in `quantize`.
 
     Returns:
@@ -144,7 +153,7 @@ def quantize_transposed(
     """
     check_float_array("x", x, ("...", "m", "k"))
     problem = _quantize_problem(x, block_shape, dtype, power_of_two, implementation, natural=False, transposed=True)
-    values, scales = bind_quantize(problem, implementation, x)
+    values, scales = _bind(problem, implementation, valid_rows, x)
     rows, cols = x.shape[-2:]
     return ScaledArray(values, scales, cols, rows, transposed_block_shape(problem.block_shape, rows, cols))
 
@@ -159,6 +168,7 @@ def quantize_function(
     column_sum: bool = False,
     joined: bool = False,
     hidden: bool = False,
+    valid_rows: jax.Array | None = None,
     implementation: str | None = None,
 ) -> list[QuantizedResult]:
     """Quantises an elementwise function's results, in blocks of 1x128, without storing them in high precision.
@@ -178,6 +188,7 @@ def quantize_function(
         column_sum: whether to sum it over the rows.
         joined: whether gate and up are one array `[..., m, 2 k]`, side by side, as are then their gradients.
         hidden: with "_backward", whether to return the forward function's result too, transposed alone.
+        valid_rows: as in `quantize`.
         implementation: as in `quantize`.
 
     Returns:
@@ -199,7 +210,7 @@ def quantize_function(
         ROW_BLOCK, check_fp8_dtype("dtype", dtype), bool(power_of_two), natural, transposed, column_sum,
         function, joined, hidden,
     )  # fmt: skip
-    outputs = iter(bind_quantize(problem, implementation, *inputs))
+    outputs = iter(_bind(problem, implementation, valid_rows, *inputs))
     results = []
     for part, (*_, rows, cols) in problem.results([x.shape for x in inputs]):
         q = ScaledArray(next(outputs), next(outputs), rows, cols, ROW_BLOCK) if part.natural else None
@@ -243,16 +254,27 @@ def quantize_grouped(
     """
     check_float_array("x", x, ("m", "k"))
     check_sizes("group_sizes", group_sizes, None)
-    rows = x.shape[0]
-    capacity = layout.aligned_capacity(rows, group_sizes.shape[0])
+    return quantize_segments(x, group_sizes, dtype, power_of_two=power_of_two, implementation=implementation)[0]
 
-    def to_segments(x: jax.Array, group_sizes: jax.Array) -> jax.Array:
-        source, _, valid = layout.aligned_source_rows(layout.group_offsets(group_sizes, rows), capacity)
-        return jnp.where(valid[:, None], x[source], jnp.zeros((), x.dtype)) if rows else x
 
-    segments = run_automatic(to_segments, lambda: (None, entries_of(x)[1]), x, group_sizes)
-    q = quantize_transposed(segments, dtype=dtype, power_of_two=power_of_two, implementation=implementation)
-    return ScaledArray(q.stored_values, q.stored_scales, q.rows, q.cols, q.block_shape, layout.SCALE_BLOCK)
+def quantize_segments(
+    x: jax.Array,
+    group_sizes: jax.Array,
+    dtype: Any,
+    *,
+    power_of_two: bool = False,
+    column_sum: bool = False,
+    implementation: str | None = None,
+) -> tuple[ScaledArray, jax.Array | None]:
+    """`quantize_grouped`, and the float32 sum `[g, k]` over the rows of each group if asked for."""
+    problem = _quantize_problem(
+        x, ROW_BLOCK, dtype, power_of_two, implementation,
+        natural=False, transposed=True, column_sum=column_sum, rows="segments", num_groups=group_sizes.shape[0],
+    )  # fmt: skip
+    [(_, (capacity, cols))] = problem.results([x.shape])
+    values, scales, *total = bind_quantize(problem, implementation, x, clip_to_int32(group_sizes))
+    q = ScaledArray(values, scales, cols, capacity, ROW_BLOCK, layout.SCALE_BLOCK)
+    return q, total[0] if total else None
 
 
 def dequantize(q: ScaledArray, dtype: Any = jnp.float32) -> jax.Array:
@@ -302,6 +324,20 @@ def _check_function(function: str, inputs: tuple[jax.Array, ...], joined: bool, 
     widths = [cols] * (len(inputs) - joined) + [2 * cols if len(inputs) > 1 else cols // 2 * 2] * joined
     if shapes != [(*lead, width) for width in widths]:
         raise ValueError(f"inputs of {function!r} must fit together, got shapes {[list(shape) for shape in shapes]}")
+
+
+def _bind(problem: QuantizeProblem, implementation: str | None, valid_rows: Any, *arrays: jax.Array) -> list[jax.Array]:
+    """Binds a pass over arrays, of which only some rows count unless `valid_rows` is None."""
+    if valid_rows is None:
+        return bind_quantize(problem, implementation, *arrays)
+    valid_rows = jnp.asarray(valid_rows)
+    if not jnp.issubdtype(valid_rows.dtype, jnp.integer):
+        raise TypeError(f"valid_rows must be an integer array, got {valid_rows.dtype}")
+    lead = arrays[0].shape[:-2]
+    if valid_rows.shape != lead:
+        raise ValueError(f"valid_rows must be [...] = {list(lead)}, got shape {list(valid_rows.shape)}")
+    masked = dataclasses.replace(problem, rows="masked")
+    return bind_quantize(masked, implementation, *arrays, clip_to_int32(valid_rows))
 
 
 def _quantize_problem(

@@ -4,6 +4,8 @@ Products are taken of the *dequantised* operands in float32, with the highest pr
 works on the stored arrays of `jaxgemm.scaled_array`.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,9 +28,27 @@ def quantize(problem: QuantizeProblem, *inputs: jax.Array) -> list[jax.Array]:
         For each quantised array: `[values, scales]` if natural, then `[values, scales]` of the transpose if
         transposed, then the float32 column sum `[..., cols]` if asked for.
     """
-    results = problem.results([x.shape for x in inputs])
-    arrays = apply_function(problem, *inputs) if problem.function else inputs
+    arrays, sizes = problem.split_inputs(inputs)
+    if problem.rows == "segments":
+        return _quantize_segments(problem, arrays[0], sizes)
+    if problem.rows == "masked":
+        valid = (jnp.arange(arrays[0].shape[-2]) < sizes[..., None])[..., None]
+        arrays = [jnp.where(valid, x, jnp.zeros((), x.dtype)) for x in arrays]
+    results = problem.results([x.shape for x in arrays])
+    arrays = apply_function(problem, *arrays) if problem.function else arrays
     return [y for x, (plain, _) in zip(arrays, results, strict=True) for y in _quantize_array(x, plain)]
+
+
+def _quantize_segments(problem: QuantizeProblem, x: jax.Array, sizes: jax.Array) -> list[jax.Array]:
+    """Quantises the transpose of groups of rows, in segments aligned to 128."""
+    [(plain, (capacity, _))] = problem.results([x.shape])
+    offsets = layout.group_offsets(sizes, x.shape[0])
+    source, group, valid = layout.aligned_source_rows(offsets, capacity)
+    segments = jnp.where(valid[:, None], x[source], jnp.zeros((), x.dtype)) if capacity else x[:0]
+    outputs = _quantize_array(segments, dataclasses.replace(plain, column_sum=False))
+    if problem.column_sum:
+        outputs.append(jax.ops.segment_sum(segments.astype(jnp.float32), group, problem.num_groups))
+    return outputs
 
 
 def apply_function(problem: QuantizeProblem, *inputs: jax.Array) -> list[jax.Array]:

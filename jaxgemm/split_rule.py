@@ -191,7 +191,8 @@ def gemm_rule(problem: GemmProblem, shapes: Sequence[tuple[int, ...]]) -> SplitR
 
 def quantize_rule(problem: QuantizeProblem, shapes: Sequence[tuple[int, ...]]) -> SplitRule:
     """Returns how a quantising pass over arrays of these shapes may be split."""
-    results = problem.results(shapes)
+    arrays, sizes = problem.split_inputs(shapes)
+    results = problem.results(arrays)
     *lead_shape, rows, cols = shapes[0]
     lead = tuple(f"l{i}" for i in range(len(lead_shape)))
     columns = "joined" if problem.joined else "c"  # no share of half the columns of one array is one of all of another
@@ -200,20 +201,24 @@ def quantize_rule(problem: QuantizeProblem, shapes: Sequence[tuple[int, ...]]) -
         if plain.natural:
             dims += _operand_dims(lead, "r", columns, plain.block_shape)
         if plain.transposed:
-            dims += _operand_dims(lead, columns, "r", transposed_block_shape(plain.block_shape, rows, shape[-1]))
+            across = "segments" if problem.rows == "segments" else "r"
+            dims += _operand_dims(lead, columns, across, transposed_block_shape(plain.block_shape, rows, shape[-1]))
         if plain.column_sum:
-            dims.append((*lead, columns))
+            dims.append(("groups", columns) if problem.rows == "segments" else (*lead, columns))
 
     whole_scales = problem.block_shape[1] != SCALE_BLOCK
     scaled_rows = any(plain.transposed for plain, _ in results) or problem.block_shape[0] > 1
     scaled_cols = any(plain.natural for plain, _ in results) or problem.block_shape[0] > 1
     units = dict.fromkeys(lead, 1)
-    if not (whole_scales and scaled_rows):
+    if not (whole_scales and scaled_rows) and problem.rows != "segments":
         units["r"] = SCALE_BLOCK if scaled_rows else VALUE_ROW_ALIGNMENT
     if not whole_scales and not problem.joined:
         units["c"] = SCALE_BLOCK if scaled_cols else VALUE_ROW_ALIGNMENT
     lengths = {**dict(zip(lead, lead_shape, strict=True)), "r": rows, "c": cols}
-    return _split_rule([(*lead, "r", columns)] * len(shapes), dims, units, lengths)
+    operands: list[Dims] = [(*lead, "r", columns)] * len(arrays)
+    if sizes is not None:
+        operands.append(("groups",) if problem.rows == "segments" else lead)
+    return _split_rule(operands, dims, units, lengths)
 
 
 def _split_rule(

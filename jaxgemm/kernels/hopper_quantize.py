@@ -45,6 +45,7 @@ from jaxgemm.kernels.hopper_quantize_plan import (
     Plan,
     QuantizeConfig,
     default_config,
+    row_table,
     why_not,
 )
 from jaxgemm.kernels.hopper_quantize_slab import apply_function, quantize_slab
@@ -65,7 +66,7 @@ def hopper_quantize(
     Args:
         *inputs: bfloat16, float16 or float32 `[..., m, k]`, m and k at least 1, of one dtype: x, or what the
             function takes, in its order. Rows that are no multiple of 16 bytes cost a padded copy first, since the
-            TMA cannot read them.
+            TMA cannot read them. Last the sizes, if the problem's rows are not all.
         problem: which outputs, in blocks of `(1, 128)` or `(128, 128)`; with a function `(1, 128)`.
         config: the kernel's layout.
         num_sms: multiprocessors to lay the persistent grid out for.
@@ -75,11 +76,15 @@ def hopper_quantize(
         For each quantised array `[values, scales]` if natural, then those of the transpose if transposed, then the
         float32 column sum `[..., k]` if asked for; stored as `jaxgemm.scaled_array` says.
     """
-    in_dtype, shapes = np.dtype(inputs[0].dtype), [x.shape for x in inputs]
+    arrays, sizes = problem.split_inputs(inputs)
+    in_dtype, shapes = np.dtype(arrays[0].dtype), [x.shape for x in arrays]
     reason = why_not(problem, in_dtype, shapes)
     assert reason is None, reason
-    *lead, m, _ = shapes[0]
+    [_, (*lead, m, _)], *_ = problem.results(shapes)
     plan = Plan(problem, config, math.prod(lead), m, problem.columns(shapes), in_dtype, num_sms)
+    operands = [_as_tma_reads(x) for x in arrays]
+    if sizes is not None:
+        operands.append(row_table(problem, config.tile_m, shapes[0][-2], sizes))
     outputs = _output_types(plan)
     kernel = plgpu.kernel(
         functools.partial(_kernel, plan),
@@ -98,13 +103,26 @@ def hopper_quantize(
         ),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )
-    flat = iter(kernel(*(_as_tma_reads(x) for x in inputs)))
+    flat = iter(kernel(*operands))
     results = [{name: next(flat) for name in result} for result in outputs]
     for result, (_, (_, cols)) in zip(results, plan.results, strict=True):
         if "column_sum" in result:
             # Sum the tiles' partial sums in a fixed order: unlike atomics, this is the same in every run.
-            result["column_sum"] = result["column_sum"].sum(-2)[:, :cols]
+            result["column_sum"] = _sum_tiles(problem, result["column_sum"], sizes, shapes[0][-2])[:, :cols]
+    if problem.rows == "segments" and problem.column_sum:  # whose leading axis is that of the groups
+        total = results[0].pop("column_sum")
+        return [*(x.reshape(x.shape[1:]) for x in results[0].values()), total]
     return [x.reshape(*lead, *x.shape[1:]) for result in results for x in result.values()]
+
+
+def _sum_tiles(problem: QuantizeProblem, partial: jax.Array, sizes: jax.Array | None, rows: int) -> jax.Array:
+    """Adds up the column sums of the tiles of each array, or of each group: `[matrices or g, columns]`."""
+    if problem.rows != "segments":
+        return partial.sum(-2)
+    offsets = layout.group_offsets(sizes, rows)
+    _, group, _ = layout.aligned_source_rows(offsets, partial.shape[1] * BLOCK)
+    of_group = group[::BLOCK] == jnp.arange(problem.num_groups)[:, None]
+    return jnp.where(of_group[..., None], partial[0], 0).sum(1)
 
 
 def _as_tma_reads(x: jax.Array) -> jax.Array:
@@ -163,7 +181,9 @@ def _scratch_types(plan: Plan) -> dict[str, object]:
 
 def _kernel(plan: Plan, *gmem, x_smem, full, empty, applied=None, **slab_smem) -> None:
     """Walks the tiles of one persistent block; every warpgroup runs this, for a slab of its own."""
-    inputs, outputs = gmem[: plan.num_arrays], _name_outputs(plan, gmem[plan.num_arrays :])
+    num_inputs = plan.num_arrays + plan.has_table
+    inputs, outputs = gmem[: plan.num_arrays], _name_outputs(plan, gmem[num_inputs:])
+    table = gmem[plan.num_arrays] if plan.has_table else None
     block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
     stages, tile_m = plan.config.stages, plan.config.tile_m
     num_steps = lax.div(plan.num_tiles - block + plan.num_blocks - 1, plan.num_blocks)
@@ -174,8 +194,16 @@ def _kernel(plan: Plan, *gmem, x_smem, full, empty, applied=None, **slab_smem) -
         row_tile, column_tile = lax.div(tile, plan.tiles_k), lax.rem(tile, plan.tiles_k)
         return lax.div(row_tile, plan.tiles_m), lax.rem(row_tile, plan.tiles_m) * tile_m, column_tile * BLOCK
 
+    def row_source(step, row):
+        """Returns from which row of the input the tile at `step` comes, and how many of its rows count (or None)."""
+        if table is None:
+            return row, None
+        row_tile = lax.div(block + step * plan.num_blocks, plan.tiles_k)
+        return table[row_tile], table[plan.groups * plan.tiles_m + row_tile]
+
     def fetch(step):
         group, row, column = tile_origin(step)
+        row, _ = row_source(step, row)
         stage = lax.rem(step, stages)
         for index, (array, first_column) in enumerate(plan.sources):
             for chunk in range(BLOCK // plan.chunk_columns):
@@ -202,6 +230,7 @@ def _kernel(plan: Plan, *gmem, x_smem, full, empty, applied=None, **slab_smem) -
 
     def quantize_tile(index, step, stage):
         group, row, column = tile_origin(step)
+        _, valid_rows = row_source(step, row)
         array, first_column = plan.targets[index]
         natural, transposed = outputs[array]
         column += first_column
@@ -211,6 +240,7 @@ def _kernel(plan: Plan, *gmem, x_smem, full, empty, applied=None, **slab_smem) -
             x_smem=x_smem.at[stage, index],
             stage=stage,
             group=group,
+            valid_rows=valid_rows,
             release=functools.partial(release, index, step, stage),
             **slab_smem,
         )

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -72,6 +73,28 @@ def why_not(problem: QuantizeProblem, in_dtype: np.dtype, shapes: Sequence[tuple
     return None
 
 
+def row_table(problem: QuantizeProblem, tile_m: int, rows: int, sizes: jax.Array) -> jax.Array:
+    """Lays out the tiles of rows: int32 `[2 * tiles]`, from where in the input each comes, and how many rows count.
+
+    A tile of which no row counts comes from past the end of the input, where the TMA reads nothing and gives zeros.
+
+    Args:
+        problem: "masked" or "segments".
+        tile_m: rows of a tile; 128 for "segments".
+        rows: of the input.
+        sizes: int32, as `QuantizeProblem.rows` says.
+    """
+    if problem.rows == "segments":
+        offsets = layout.group_offsets(sizes, rows)
+        source, _, valid = layout.aligned_source_rows(offsets, layout.aligned_capacity(rows, problem.num_groups))
+        source, count = source[::tile_m], valid.reshape(-1, tile_m).sum(1)
+    else:
+        source = jnp.arange(0, rows, tile_m)
+        count = jnp.clip(sizes.reshape(-1, 1) - source, 0, tile_m)
+        source = jnp.broadcast_to(source, count.shape)
+    return jnp.stack([jnp.where(count > 0, source, rows), count]).astype(jnp.int32).reshape(-1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """Everything static about one launch."""
@@ -85,12 +108,17 @@ class Plan:
     num_sms: int
 
     @property
+    def has_table(self) -> bool:
+        """Whether a table says from where each tile's rows come, and how many of them count."""
+        return self.problem.rows != "all"
+
+    @property
     def results(self) -> list[tuple[QuantizeProblem, tuple[int, ...]]]:
         """The arrays to quantise, each with its pass and its shape."""
         shapes = [(self.m, self.k)] * self.num_inputs
         if self.problem.joined:
             shapes[-2:] = [(self.m, 2 * self.k)]
-        return self.problem.results(shapes)
+        return dataclasses.replace(self.problem, rows="all").results(shapes)
 
     @property
     def num_arrays(self) -> int:

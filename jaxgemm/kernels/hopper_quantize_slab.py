@@ -38,7 +38,7 @@ def apply_function(plan: Plan, x_smem, warpgroup) -> None:
 
 
 def quantize_slab(
-    plan: Plan, outputs, x_smem, *, transposed, slab, row, column, use, stage, group,
+    plan: Plan, outputs, x_smem, *, transposed, slab, row, column, use, stage, group, valid_rows,
     values_smem, release, scales_smem=None, sums_smem=None, amax_smem=None, amax_ready=None,
 ) -> None:  # fmt: skip
     """Quantises one slab of a tile in shared memory.
@@ -54,6 +54,7 @@ def quantize_slab(
         use: how many slabs this warpgroup has done, which picks its output buffer.
         stage: which stage the tile is in.
         group: which group the tile belongs to.
+        valid_rows: how many rows of the tile count; None for all.
         values_smem: output buffers, `[warpgroups, out_buffers, SLAB_ROWS, BLOCK]`; scales and sums likewise.
         release: called with the orientation once the slab is in registers.
         scales_smem: scales of the slab's rows, if there is one a row.
@@ -68,6 +69,8 @@ def quantize_slab(
 
     # Load the slab to registers, and take the maxima of its rows.
     chunks = _load_slab(plan, x_smem, slab, transposed)
+    if valid_rows is not None:
+        chunks = [_zero_rows(chunk, valid_rows, slab, transposed) for chunk in chunks]
     amax = _largest_magnitudes(chunks)
     if plan.is_square:
         if transposed != plan.problem.natural:
@@ -123,6 +126,13 @@ def _load_slab(plan: Plan, x_smem, slab, transposed: bool) -> list[jax.Array]:
         return [plgpu.load(x_smem.at[slab].T, layout=wgmma)]
     columns = plgpu.load(x_smem.at[0, :, rows].T, layout=plgpu.Layout.WGMMA_TRANSPOSED, optimized=False)
     return [plgpu.layout_cast(columns, wgmma)]
+
+
+def _zero_rows(chunk: jax.Array, valid_rows, slab, transposed: bool) -> jax.Array:
+    """Zeroes the rows of the tile that do not count, whatever they hold: columns of a transposed slab."""
+    index = plgpu.broadcasted_iota(jnp.int32, chunk.shape, int(transposed), layout=plgpu.Layout.WGMMA)
+    first = 0 if transposed else slab * SLAB_ROWS
+    return jnp.where(index < valid_rows - first, chunk, jnp.zeros_like(chunk))
 
 
 def _largest_magnitudes(chunks: list[jax.Array]) -> jax.Array:
