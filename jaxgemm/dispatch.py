@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxgemm import reference, tuning
+from jaxgemm import reference, tiles
 from jaxgemm.layout import SCALE_BLOCK
 from jaxgemm.problem import GemmProblem, QuantizeProblem
 from jaxgemm.scaled_array import ROW_BLOCK, SQUARE_BLOCK
@@ -48,11 +48,11 @@ def choose(problem: Problem, platform: str, implementation: str | None) -> str:
             raise NotImplementedError(f"implementation={implementation!r} cannot serve this call: {reason}")
         return implementation
     for name in PREFERENCE:
-        reason = why_not(name, problem, platform) or _why_not_yet(name, problem)
+        reason = why_passed_over(name, problem, platform)
         if reason is None:
             return name
         if platform == "cuda":
-            _warn_once(f"a {_kind(problem)} problem is not served by {name!r}: {reason}")
+            _warn_once(f"a {_kind(problem)} problem is not served by {name!r}: {reason} (jaxgemm.explain says where)")
     raise AssertionError("'xla' serves everything")
 
 
@@ -63,6 +63,11 @@ def why_not(implementation: str, problem: Problem, platform: str) -> str | None:
     if implementation == "mosaic":
         return _why_not_hopper(platform) or _why_not_mosaic(problem)
     return f"there is no {implementation!r} kernel yet"
+
+
+def why_passed_over(implementation: str, problem: Problem, platform: str) -> str | None:
+    """Returns why `implementation=None` does not take an implementation, or None if it may; by name it may still do."""
+    return why_not(implementation, problem, platform) or _why_not_yet(implementation, problem)
 
 
 def _why_not_yet(implementation: str, problem: Problem) -> str | None:
@@ -112,6 +117,20 @@ def run_quantize(
     return [y for x, plain in passes for y in run_quantize(plain, platform, chosen, x, *rest)]
 
 
+def choose_config(problem: GemmProblem) -> tiles.Choice:
+    """Returns the tile that a product gets on this device, and where that was learnt.
+
+    Raises:
+        ValueError: if no tile is valid.
+    """
+    return tiles.choose(as_computed(problem), sm_count(), device_kind())
+
+
+def as_computed(problem: GemmProblem) -> GemmProblem:
+    """Returns what the kernel computes: what is added to a given array is summed in float32, and rounded after that."""
+    return dataclasses.replace(problem, out_dtype=np.dtype(np.float32)) if problem.accumulate else problem
+
+
 def _run_xla(problem: GemmProblem, *operands: Any) -> jax.Array:
     lhs_values, lhs_scales, rhs_values, rhs_scales, *rest = operands
     lhs = reference.dequantize(lhs_values, lhs_scales, problem.m, problem.k, problem.lhs_block_shape)
@@ -133,9 +152,7 @@ def _run_mosaic(problem: GemmProblem, *operands: Any) -> jax.Array:
     num_sms = sm_count()
     bias = stored.pop() if problem.has_bias else None
     accumulate = stored.pop() if problem.accumulate else None
-    # What is added to a given array is summed in float32, and rounded after that.
-    computed = dataclasses.replace(problem, out_dtype=np.dtype(np.float32)) if problem.accumulate else problem
-    config = tuning.choose_config(computed, num_sms)
+    computed, config = as_computed(problem), choose_config(problem).config
     run: Any = functools.partial(hopper_gemm, problem=computed, config=config, num_sms=num_sms)
     return run(*stored, bias, sizes, accumulate).astype(problem.out_dtype)
 
@@ -179,6 +196,13 @@ def sm_count() -> int:
     """Returns the streaming multiprocessors of the first CUDA device, or a Hopper's where there is none."""
     device = _cuda_device()
     return HOPPER_SM_COUNT if device is None else device.core_count
+
+
+@functools.cache
+def device_kind() -> str | None:
+    """Returns what JAX calls the first CUDA device ("NVIDIA H200"); None where there is none."""
+    device = _cuda_device()
+    return None if device is None else device.device_kind
 
 
 def _cuda_device() -> Any:

@@ -82,11 +82,12 @@ def scaled_dot(options: DotOptions, lhs: Any, rhs: Any, bias: Any, sizes: Any) -
         `[m, n]`; masked `[g, m, n]`.
     """
     recipe = options.recipe
-    keywords = {"valid_rows": valid_rows(options, lhs, sizes), **options.quantizer(recipe.lhs_dtype)}
-    lhs_q = quantize(lhs, recipe.lhs_block_shape, **keywords)
-    if not isinstance(rhs, ScaledArray):
-        rhs = quantize_transposed(rhs, recipe.rhs_block_shape, **options.quantizer(recipe.rhs_dtype))
-    return row_product(options, lhs_q, rhs, sizes, options.out_dtype, bias, options.activation)
+    with jax.named_scope("fp8_fprop"):
+        keywords = {"valid_rows": valid_rows(options, lhs, sizes), **options.quantizer(recipe.lhs_dtype)}
+        lhs_q = quantize(lhs, recipe.lhs_block_shape, **keywords)
+        if not isinstance(rhs, ScaledArray):
+            rhs = quantize_transposed(rhs, recipe.rhs_block_shape, **options.quantizer(recipe.rhs_dtype))
+        return row_product(options, lhs_q, rhs, sizes, options.out_dtype, bias, options.activation)
 
 
 def _forward(options: DotOptions, lhs: Any, rhs: Any, bias: Any, sizes: Any) -> tuple[jax.Array, Any]:

@@ -8,7 +8,6 @@ import functools
 import math
 import statistics
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from jaxgemm.layout import SCALE_BLOCK, align_up, cdiv
 from jaxgemm.problem import GemmProblem
@@ -272,7 +271,7 @@ def predicted_microseconds(problem: GemmProblem, config: GemmConfig, num_sms: in
 
 @functools.lru_cache(maxsize=1024)
 def choose_config(problem: GemmProblem, num_sms: int) -> GemmConfig:
-    """Returns the configuration for a problem: a measured one if the table has it, else the best by the model.
+    """Returns the best configuration for a problem by the model; `jaxgemm.tiles` asks what was measured first.
 
     Args:
         problem: with m, n, k and the number of groups positive.
@@ -281,44 +280,32 @@ def choose_config(problem: GemmProblem, num_sms: int) -> GemmConfig:
     Raises:
         ValueError: if no configuration is valid.
     """
-    measured = MEASURED.get(measured_key(problem)) if problem.kind == "dense" else None
-    if measured is not None and why_invalid(problem, measured) is None:
-        return measured
     ranked = sorted(candidates(problem), key=lambda config: predicted_microseconds(problem, config, num_sms))
     if not ranked:
         raise ValueError(f"no configuration of the Hopper kernel serves {problem}")
     return ranked[0]
 
 
-class MeasuredKey(NamedTuple):
-    """What a measurement was made of."""
+def neighbours(problem: GemmProblem, config: GemmConfig) -> Iterator[GemmConfig]:
+    """Every valid configuration that differs from a given one in a single choice; where less fits, in its stages too.
 
-    m: int
-    n: int
-    k: int
-    lhs_block_rows: int
-    rhs_block_rows: int
-    out_bytes: int
-
-
-def measured_key(problem: GemmProblem) -> MeasuredKey:
-    """The key of a problem in the table."""
-    lhs, rhs = _block_shapes(problem)
-    return MeasuredKey(problem.m, problem.n, problem.k, lhs[0], rhs[0], problem.out_dtype.itemsize)
-
-
-def _swapped(tile_m: int, tile_n: int, stages: int, warpgroups: int, split_k: int = 1) -> GemmConfig:
-    return GemmConfig(tile_m, tile_n, stages, warpgroups, swap_operands=True, split_k=split_k)
-
-
-MEASURED: dict[MeasuredKey, GemmConfig] = {
-    MeasuredKey(4096, 4096, 7168, 1, 128, 2): GemmConfig(256, 128, 3),
-    MeasuredKey(4096, 7168, 2048, 1, 128, 2): GemmConfig(256, 128, 3),
-    MeasuredKey(4096, 7168, 4096, 1, 1, 2): GemmConfig(128, 160, 4),
-    MeasuredKey(4096, 7168, 4096, 1, 1, 4): GemmConfig(256, 112, 3),
-    MeasuredKey(1, 4096, 7168, 1, 128, 2): _swapped(8, 64, 20, 1, split_k=2),
-    MeasuredKey(64, 4096, 7168, 1, 128, 2): GemmConfig(64, 32, 12, 1),
-    MeasuredKey(128, 4096, 7168, 1, 128, 2): GemmConfig(64, 64, 8, 1),
-    MeasuredKey(16, 24576, 1536, 1, 128, 2): _swapped(16, 192, 7, 3),
-}
-"""The fastest of the configurations measured for a problem (NVIDIA H200; `docs/kernel-notes.md`)."""
+    What a search tries around the best of `candidates`.
+    """
+    rows_of_tiles, columns_of_tiles = cdiv(problem.m, config.tile_m), cdiv(problem.n, config.tile_n)
+    changes: list[dict[str, int | bool]] = [{"stages": config.stages + step} for step in (-1, -2, 1, 2)]
+    if min(rows_of_tiles, columns_of_tiles) > 1:  # the order of the tiles matters
+        changes += [{"band": band} for band in (2, 4, 8, 16, 32)]
+        changes += [{"band_along_n": not config.band_along_n}]
+    changes += [{"split_k": split_k} for split_k in (1, 2, 4)]
+    changes += [{"share": share} for share in (1, 2)]
+    changes += [{"tile_n": config.tile_n + step} for step in (-64, -32, -16, 16, 32, 64)]
+    changes += [{"tile_m": config.tile_m + step} for step in ((-16, -8, 8, 16) if config.swap_operands else (-64, 64))]
+    seen = {config}
+    for change in changes:
+        changed = dataclasses.replace(config, **change)  # type: ignore[arg-type]
+        if min(changed.tile_m, changed.tile_n) < 1:
+            continue
+        neighbour = changed if "stages" in change else _with_most_stages(problem, changed, config.stages)
+        if neighbour is not None and neighbour not in seen and why_invalid(problem, neighbour) is None:
+            seen.add(neighbour)
+            yield neighbour

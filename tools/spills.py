@@ -58,12 +58,14 @@ def cases() -> dict[str, tuple]:
     import numpy as np
 
     from jaxgemm.problem import GemmProblem
-    from jaxgemm.tuning import MEASURED, choose_config
+    from jaxgemm.tiles import shipped_choice
+    from jaxgemm.tuned_rows import shipped_tables
 
     row, square = (1, 128), (128, 128)
     e4m3, bf16, f32 = (np.dtype(d) for d in (jnp.float8_e4m3fn, jnp.bfloat16, jnp.float32))
     shapes = [(*dims, row, rhs) for dims in TYPICAL for rhs in (square, row)]
-    shapes += [(key.m, key.n, key.k, (key.lhs_block_rows, 128), (key.rhs_block_rows, 128)) for key in MEASURED]
+    measured = [key for table in shipped_tables() for key in table.rows if key.kind == "dense"]
+    shapes += [(key.m, key.n, key.k, (key.lhs_block_rows, 128), (key.rhs_block_rows, 128)) for key in measured]
     found, seen = {}, set()
     for m, n, k, lhs_block, rhs_block in shapes:
         out = f32 if rhs_block == row else bf16
@@ -71,7 +73,7 @@ def cases() -> dict[str, tuple]:
             problem = GemmProblem(
                 "dense", m, n, k, e4m3, e4m3, lhs_block, rhs_block, out, has_bias=bias, activation=activation
             )
-            config = choose_config(problem, 132)
+            config = shipped_choice(problem, 132, None).config
             kernel = (config, lhs_block, rhs_block, bias)
             if kernel not in seen:
                 seen.add(kernel)

@@ -9,13 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxgemm.problem import GemmProblem
+from jaxgemm.tiles import shipped_choice
+from jaxgemm.tuned_rows import shipped_tables, tuned_key
 from jaxgemm.tuning import (
-    MEASURED,
     SHARED_MEMORY_BYTES,
     GemmConfig,
     candidates,
     choose_config,
-    measured_key,
+    neighbours,
     predicted_microseconds,
     shared_memory_bytes,
     why_invalid,
@@ -25,8 +26,8 @@ E4M3 = np.dtype(jnp.float8_e4m3fn)
 ROW, SQUARE = (1, 128), (128, 128)
 
 
-def problem(m, n, k, rhs=SQUARE, out=jnp.bfloat16, **options):
-    return GemmProblem("dense", m, n, k, E4M3, E4M3, ROW, rhs, np.dtype(out), **options)
+def problem(m, n, k, rhs=SQUARE, out=jnp.bfloat16, kind="dense", **options):
+    return GemmProblem(kind, m, n, k, E4M3, E4M3, ROW, rhs, np.dtype(out), **options)
 
 
 sizes = st.one_of(st.integers(1, 300), st.integers(1, 40000))
@@ -111,10 +112,23 @@ def test_few_rows_a_group_take_narrow_tiles_and_many_take_high_ones():
     assert choose_config(training, 132).tile_m >= 192
 
 
-@pytest.mark.parametrize("key", MEASURED, ids=str)
-def test_measured_rows_are_valid(key):
-    out = {2: jnp.bfloat16, 4: jnp.float32}[key.out_bytes]
-    described = problem(key.m, key.n, key.k, (key.rhs_block_rows, 128), out)
-    assert measured_key(described) == key
-    assert why_invalid(described, MEASURED[key]) is None
-    assert choose_config(described, 132) == MEASURED[key]
+@pytest.mark.parametrize(
+    "row", [row for table in shipped_tables() for row in table.rows.values()], ids=lambda row: str(tuple(row.key))
+)
+def test_measured_rows_are_valid(row):
+    key, out = row.key, {2: jnp.bfloat16, 4: jnp.float32}[row.key.out_bytes]
+    described = problem(
+        key.m, key.n, key.k, (key.rhs_block_rows, 128), out,
+        kind=key.kind, num_groups=key.num_groups, expected_m=key.expected_m,
+    )  # fmt: skip
+    assert tuned_key(described) == key
+    assert why_invalid(described, row.config) is None
+    assert shipped_choice(described, 132, None) == (row.config, "measured on NVIDIA H200")
+
+
+@pytest.mark.parametrize("described", [problem(64, 4096, 7168), problem(4096, 4096, 7168), problem(4096, 4096, 4096, ROW)])
+def test_neighbours_are_valid_distinct_and_not_the_same(described):
+    for config in candidates(described):
+        found = list(neighbours(described, config))
+        assert found and len(set(found)) == len(found) and config not in found
+        assert all(why_invalid(described, neighbour) is None for neighbour in found)
