@@ -9,7 +9,9 @@ import importlib
 from types import ModuleType
 
 from jaxgemm import layout
+from jaxgemm.autotune import autotune
 from jaxgemm.dot import fp8_dot, fp8_dot_general, grouped_fp8_dot, masked_grouped_fp8_dot
+from jaxgemm.explain import explain
 from jaxgemm.gemm import gemm, grouped_gemm, k_grouped_gemm, masked_grouped_gemm
 from jaxgemm.mlp import fp8_mlp
 from jaxgemm.quantize import dequantize, quantize, quantize_both, quantize_grouped, quantize_transposed
@@ -22,7 +24,9 @@ __all__ = [
     "DEEPSEEK",
     "Recipe",
     "ScaledArray",
+    "autotune",
     "dequantize",
+    "explain",
     "fp8_dot",
     "fp8_dot_general",
     "fp8_mlp",

@@ -2,8 +2,9 @@
 
 import contextlib
 import contextvars
+import dataclasses
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxgemm import tuned_rows, tuning, tuning_cache
 from jaxgemm.problem import GemmProblem
@@ -69,3 +70,17 @@ def forced(config: GemmConfig) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
+
+
+def describe_config(config: Any) -> str:
+    """Returns a kernel's configuration in words: tile and stages, then what is not as usual.
+
+    Example:
+        >>> describe_config(GemmConfig(tile_m=16, tile_n=192, stages=7, warpgroups=3, swap_operands=True))
+        'tile_m=16, tile_n=192, stages=7, warpgroups=3, swap_operands=True'
+    """
+    return ", ".join(
+        f"{field.name}={getattr(config, field.name)}"
+        for field in dataclasses.fields(config)
+        if field.name in ("tile_m", "tile_n", "stages") or getattr(config, field.name) != field.default
+    )

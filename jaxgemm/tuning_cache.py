@@ -47,13 +47,13 @@ def folder() -> pathlib.Path:
 
 
 def path(device_kind: str) -> pathlib.Path:
-    """Returns the file of a device kind under the versions that run.
+    """Returns the file of a device kind under the versions that run; "*" makes a pattern for all kinds.
 
     Example:
         >>> path("NVIDIA H200").name
         'tuned-nvidia-h200-jax-...-jaxgemm-....json'
     """
-    device = re.sub(r"[^a-z0-9]+", "-", device_kind.lower()).strip("-")
+    device = re.sub(r"[^a-z0-9*]+", "-", device_kind.lower()).strip("-")
     return folder() / f"tuned-{device}-jax-{jax.__version__}-jaxgemm-{library_version()}.json"
 
 

@@ -6,6 +6,8 @@
     python -m jaxgemm.bench dense
     python -m jaxgemm.bench grouped --only 'masked .*'
     python -m jaxgemm.bench gemm --compare old.json       exits 1 if anything is more than 5 % slower than it was
+    python -m jaxgemm.bench tune --suite llama            finds the fastest tiles and stores them (docs/tuning.md)
+    python -m jaxgemm.bench export-rows --table FILE      merges stored tiles into a table that can be shipped
     python -m jaxgemm.bench readme                        writes benchmarks/results/*.json into README's tables
 
 What is measured: the sum of the durations of the GPU kernels of one call (CUPTI), the median over back-to-back calls,

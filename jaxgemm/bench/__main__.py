@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from jaxgemm.bench import dense, gemm, grouped, quantize, readme, report, roofline, suites, torch_peers
+from jaxgemm.bench import dense, gemm, grouped, quantize, readme, report, roofline, suites, torch_peers, tune
 from jaxgemm.bench.measure import COPY_BYTES, CuptiTimer, Timer, copy_bandwidth
 from jaxgemm.bench.progress import progress
 from jaxgemm.bench.rows import OWN, Setup, collect
@@ -44,13 +44,17 @@ def main(arguments: Sequence[str] | None = None, timer: Timer | None = None, cop
     try:
         if options.command == "readme":
             return update_readme(options)
-        torch_peers.enabled = not options.no_torch
+        if options.command == tune.EXPORT:
+            return tune.export_rows(options)
+        torch_peers.enabled = not getattr(options, "no_torch", True)
         if timer is None:
             set_environment()
             reason = why_no_gpu()
             if reason:
                 print(f"jaxgemm.bench measures kernels on an NVIDIA GPU: {reason}", file=sys.stderr)
                 return REFUSED
+        if options.command == tune.TUNE:
+            return tune.run(options, selected_cases(options))
         return run(options, list(sys.argv[1:] if arguments is None else arguments), timer or CuptiTimer(), copy_bytes)
     except ValueError as error:
         print(f"jaxgemm.bench: {error}", file=sys.stderr)
@@ -107,7 +111,7 @@ def run(options: argparse.Namespace, arguments: list[str], timer: Timer, copy_by
 def selected_cases(options: argparse.Namespace) -> list[Any]:
     """Returns the cases that the options ask for."""
     cases: list[Any]
-    if options.command == "gemm":
+    if options.command in ("gemm", tune.TUNE):
         sizes = (options.m, options.n, options.k)
         if any(sizes) and not all(sizes):
             raise ValueError("--m, --n and --k go together")
@@ -199,6 +203,11 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument("--compare", type=pathlib.Path, metavar="OLD", help="fail if over 5 %% slower than this")
         if name == "gemm":
             _add_gemm_options(command)
+            command.add_argument("--bias", action="store_true", help="measure each product with bias too")
+            command.add_argument(
+                "--temperature", choices=("auto", "cold", "warm"), default="auto", help="auto: cold up to m = 128"
+            )
+    _add_gemm_options(tune.add_commands(commands))
     tables = commands.add_parser("readme", help="write the tables of README from benchmarks/results")
     tables.add_argument("--check", action="store_true", help="change nothing; fail if README is out of date")
     tables.add_argument("--file", type=pathlib.Path, default=pathlib.Path("README.md"))
@@ -211,11 +220,6 @@ def _add_gemm_options(command: argparse.ArgumentParser) -> None:
     for size in "mnk":
         command.add_argument(f"--{size}", type=_sizes, help="in place of a suite: one size, or several by commas")
     command.add_argument("--kind", choices=("dense", "wgrad"), default="dense", help="of --m --n --k (default dense)")
-    command.add_argument("--bias", action="store_true", help="measure each product with bias too")
-    command.add_argument(
-        "--temperature", choices=("auto", "cold", "warm"), default="auto", help="auto: cold up to m = 128"
-    )
-
 
 def _positive(text: str) -> int:
     value = int(text)
