@@ -94,7 +94,8 @@ class TunedProblem:
         else:
             change = f"before ({self.before.source}) {earlier:.1f} us with {tiles.describe_config(self.before.config)}"
         tried = f"{len(self.trials)} tried, {len(self.rejected)} rejected"
-        return f"{describe(self.problem)}: {now:.1f} us with {tiles.describe_config(self.winner.config)}; {change}; {tried}"
+        chosen = tiles.describe_config(self.winner.config)
+        return f"{describe(self.problem)}: {now:.1f} us with {chosen}; {change}; {tried}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +166,9 @@ def device_or_refuse() -> str:
     device = dispatch.device_kind()
     if device is None:
         seen = ", ".join(sorted({device.device_kind for device in jax.devices()}))
-        raise NotImplementedError(f"jaxgemm.autotune times kernels on an NVIDIA GPU, and JAX sees none here, only {seen}")
+        raise NotImplementedError(
+            f"jaxgemm.autotune times kernels on an NVIDIA GPU, and JAX sees none here, only {seen}"
+        )
     return device
 
 
@@ -252,6 +255,7 @@ class _Search:
         self.calls: dict[GemmConfig, Call] = {}
         self.sets = autotune_trial.operand_sets(problem, tuner.cold_bytes)
         self.expected_from = "the dequantised product"
+        self.expected: jax.Array | None
         try:
             self.expected = autotune_trial.oracle(problem, self.sets[0])
         except Exception:  # it needs four times the operands' memory; then all must agree with the first that runs
@@ -279,7 +283,9 @@ class _Search:
         for name, config in finalists.items():
             time = timings[name].median_us if name in timings else None
             self.trials[config] = Trial(config, time, failures.get(name))
-        times = {config: time for config in finalists.values() if (time := self.trials[config].microseconds) is not None}
+        times = {
+            config: time for config in finalists.values() if (time := self.trials[config].microseconds) is not None
+        }
         if not times:
             return None
         best = min(times, key=lambda config: times[config])

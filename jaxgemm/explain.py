@@ -168,7 +168,7 @@ def _explained(found: FoundProblem, platform: str) -> ExplainedProblem:
         reason = dispatch.why_not(found.implementation, found.problem, platform)
         refused = () if reason is None else ((found.implementation, reason),)
         return _with_config(found, None if refused else found.implementation, refused)
-    refusals = []
+    refusals: list[tuple[str, str]] = []
     for name in dispatch.PREFERENCE:
         reason = dispatch.why_not(name, found.problem, platform)
         if reason is None:

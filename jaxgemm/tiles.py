@@ -1,4 +1,4 @@
-"""Which tile a product is computed with, and where that was learnt: the user's cache, the package's tables, the model."""
+"""Which tile a product gets, and where that was learnt: the user's cache, the package's tables, the model."""
 
 import contextlib
 import contextvars

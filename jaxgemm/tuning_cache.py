@@ -95,7 +95,7 @@ def add(device_kind: str, new: Iterable[TunedRow]) -> pathlib.Path:
 
 def library_version() -> str:
     """Returns the version of this library, which stands at its front door."""
-    return sys.modules[__package__].__version__  # type: ignore[index, attr-defined]
+    return sys.modules[__package__].__version__
 
 
 def _empty(device_kind: str) -> TunedTable:

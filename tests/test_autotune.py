@@ -72,7 +72,7 @@ def tuner(clock=None, spoil=lambda config, out: out, **options):
         call.config = config
         return call
 
-    return Tuner(timer=clock or Clock(), compile=compile_config, **options)
+    return Tuner(timer=clock or Clock(), compile=compile_config, **{"most_configs": 24, **options})
 
 
 def run(clock=None, retune=False, sizes=(16, 136, 256), **options):
@@ -210,7 +210,11 @@ def test_a_training_step_is_tuned_in_all_its_products():
         return (jaxgemm.fp8_dot(x, w) ** 2).sum()
 
     report = jaxgemm.autotune(jax.grad(loss, (0, 1)), jnp.ones((16, 256)), jnp.ones((256, 136)), tuner=tuner())
-    assert [tuple(tuned.winner.key[1:4]) for tuned in report.problems] == [(16, 136, 256), (16, 256, 136), (256, 136, 16)]
+    assert [tuple(tuned.winner.key[1:4]) for tuned in report.problems] == [
+        (16, 136, 256),
+        (16, 256, 136),
+        (256, 136, 16),
+    ]
     assert f"3 products on {GPU}; winners are stored in {tuning_cache.path(GPU)}" in str(report)
 
 
@@ -351,7 +355,9 @@ def test_files_are_readable_and_rows_replace_those_of_the_same_problem():
     assert not list(file.parent.glob("*.partial"))
 
 
-@pytest.mark.parametrize("damage", ["{", "[]", '{"format": 1}', "\0\xff", '{"format": 1, "device": "Other", "rows": []}', ""])
+@pytest.mark.parametrize(
+    "damage", ["{", "[]", '{"format": 1}', "\0\xff", '{"format": 1, "device": "Other", "rows": []}', ""]
+)
 def test_a_damaged_file_is_reported_once_kept_and_built_anew(damage, caplog):
     file = tuning_cache.add(GPU, [row()])
     file.write_bytes(damage.encode("latin-1"))

@@ -221,6 +221,7 @@ def _add_gemm_options(command: argparse.ArgumentParser) -> None:
         command.add_argument(f"--{size}", type=_sizes, help="in place of a suite: one size, or several by commas")
     command.add_argument("--kind", choices=("dense", "wgrad"), default="dense", help="of --m --n --k (default dense)")
 
+
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:

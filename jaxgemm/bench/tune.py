@@ -25,7 +25,9 @@ def add_commands(commands: Any) -> argparse.ArgumentParser:
     command.add_argument("--retune", action="store_true", help="measure again what has a row already")
     what = "prints the rows of the user's cache as a table that can be shipped, or merges them into one"
     export = commands.add_parser(EXPORT, help=what, description=what)
-    export.add_argument("--cache", type=pathlib.Path, nargs="+", metavar="FILE", help="default: those of this jax and jaxgemm")
+    export.add_argument(
+        "--cache", type=pathlib.Path, nargs="+", metavar="FILE", help="default: those of this jax and jaxgemm"
+    )
     export.add_argument("--table", type=pathlib.Path, metavar="FILE", help="merge the rows of its device into it")
     export.add_argument("--device", help="rows of this device alone; default: that of --table, else all")
     return command

@@ -126,7 +126,9 @@ def test_measured_rows_are_valid(row):
     assert shipped_choice(described, 132, None) == (row.config, "measured on NVIDIA H200")
 
 
-@pytest.mark.parametrize("described", [problem(64, 4096, 7168), problem(4096, 4096, 7168), problem(4096, 4096, 4096, ROW)])
+@pytest.mark.parametrize(
+    "described", [problem(64, 4096, 7168), problem(4096, 4096, 7168), problem(4096, 4096, 4096, ROW)]
+)
 def test_neighbours_are_valid_distinct_and_not_the_same(described):
     for config in candidates(described):
         found = list(neighbours(described, config))
