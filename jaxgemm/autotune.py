@@ -183,10 +183,9 @@ def distinct(found: Iterable[FoundProblem]) -> tuple[list[GemmProblem], list[Tun
         if reason is not None:
             skipped[problem] = TunedProblem(problem, skipped=reason)
             continue
-        # Those that differ in their epilogue alone share a row: it must fit in shared memory beside a bias too.
-        key = tuned_key(problem)
-        if key not in wanted or problem.has_bias > wanted[key].has_bias:
-            wanted[key] = problem
+        # Those that differ in their epilogue alone share a row: it must fit in shared memory beside all of it.
+        computed = dispatch.as_computed(problem)
+        wanted[tuned_key(computed)] = max(wanted.get(tuned_key(computed), computed), computed, key=_epilogue_size)
     return list(wanted.values()), list(skipped.values())
 
 
@@ -196,7 +195,12 @@ def why_not_tuned(problem: GemmProblem, implementation: str | None = None) -> st
         return f"the call asks for implementation={implementation!r}"
     if 0 in (problem.m, problem.n, problem.k, problem.num_groups):
         return "there is nothing to compute"
-    return dispatch.why_not("mosaic", problem, "cuda")
+    why_not = dispatch.why_passed_over if implementation is None else dispatch.why_not
+    return why_not("mosaic", problem, "cuda")
+
+
+def _epilogue_size(problem: GemmProblem) -> int:
+    return problem.has_bias + problem.accumulate
 
 
 def tune(

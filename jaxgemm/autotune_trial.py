@@ -13,7 +13,7 @@ from jaxgemm import dispatch, layout, reference, tiles
 from jaxgemm.bench.measure import Call
 from jaxgemm.bench.rows import MOST_WEIGHTS
 from jaxgemm.problem import GemmProblem, QuantizeProblem
-from jaxgemm.tuning import GemmConfig
+from jaxgemm.tuning import GemmConfig, expected_extent
 
 SMALL_ROWS = 128
 """Up to so many rows of lhs a weight is read once and the product does little else: it is measured cold."""
@@ -21,7 +21,7 @@ SMALL_ROWS = 128
 BOUND = 1e-5
 """Largest difference from the oracle, of any tile of 128x128, that rounding can explain."""
 
-BIAS_SEED = 1 << 30
+EPILOGUE_SEED = 1 << 30
 
 Operands = list[Any]
 """The arrays that `dispatch.run_gemm` takes after the problem."""
@@ -30,11 +30,11 @@ Operands = list[Any]
 def operand_sets(problem: GemmProblem, cold_bytes: float = 2e8) -> list[Operands]:
     """Returns random operands; for few rows, as many weights in turn as a cache cannot hold.
 
-    Groups are equal, or differ by one row (128 columns, where they are aligned); `expected_m` of a masked group are
-    valid, if that is given.
+    Groups are equal, or differ by one row (128 columns, where they are aligned). Of a masked group `expected_m` rows
+    are valid, if that is given, else all.
     """
     weight_bytes = problem.n * problem.k * (problem.num_groups if problem.kind in ("grouped", "masked") else 1)
-    is_small = problem.kind != "k_grouped" and rows_of_group(problem) <= SMALL_ROWS
+    is_small = problem.kind != "k_grouped" and expected_extent(problem).m <= SMALL_ROWS
     copies = 1 + math.ceil(cold_bytes / weight_bytes) if is_small else 1
     if copies > MOST_WEIGHTS:  # so small that it stays in a cache in any program
         copies = 1
@@ -45,13 +45,6 @@ def operand_sets(problem: GemmProblem, cold_bytes: float = 2e8) -> list[Operands
     shape = (*rhs_groups, problem.n, problem.k)
     weights = [stored_operand(1 + i, shape, problem.rhs_block_shape, problem.rhs_dtype) for i in range(copies)]
     return [[*lhs, *weight, *rest] for weight in weights]
-
-
-def rows_of_group(problem: GemmProblem) -> int:
-    """Rows of lhs that meet one weight."""
-    if problem.kind == "masked":
-        return min(problem.m, max(1, problem.m if problem.expected_m is None else problem.expected_m))
-    return layout.cdiv(problem.m, problem.num_groups) if problem.kind == "grouped" else problem.m
 
 
 def group_sizes(problem: GemmProblem) -> np.ndarray | None:
@@ -65,7 +58,7 @@ def group_sizes(problem: GemmProblem) -> np.ndarray | None:
     if problem.kind == "dense":
         return None
     if problem.kind == "masked":
-        return np.full(problem.num_groups, rows_of_group(problem), np.int32)
+        return np.full(problem.num_groups, expected_extent(problem).m, np.int32)
     step = problem.segment_alignment if problem.kind == "k_grouped" else 1
     shares = (problem.k if problem.kind == "k_grouped" else problem.m) // step
     even = np.full(problem.num_groups, shares // problem.num_groups, np.int32)
@@ -95,9 +88,9 @@ def _epilogue_operands(problem: GemmProblem) -> Operands:
     operands: Operands = []
     if problem.has_bias:
         groups = () if problem.kind == "dense" else (problem.num_groups,)
-        operands.append(jax.random.normal(jax.random.key(BIAS_SEED), (*groups, problem.n), jnp.float32))
+        operands.append(jax.random.normal(jax.random.key(EPILOGUE_SEED), (*groups, problem.n), jnp.float32))
     if problem.accumulate:
-        operands.append(jnp.zeros(problem.out_shape, jnp.float32))
+        operands.append(jax.random.normal(jax.random.key(EPILOGUE_SEED), problem.out_shape, jnp.float32))
     sizes = group_sizes(problem)
     return operands if sizes is None else [*operands, jnp.asarray(sizes)]
 
@@ -124,7 +117,7 @@ def difference(problem: GemmProblem, actual: Any, expected: Any) -> float:
     not cancel and float32 will do.
     """
     if problem.kind == "masked":
-        actual, expected = (x[:, : rows_of_group(problem)] for x in (actual, expected))
+        actual, expected = (x[:, : expected_extent(problem).m] for x in (actual, expected))
     return float(_difference(actual, expected))
 
 

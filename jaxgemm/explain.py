@@ -170,7 +170,7 @@ def _explained(found: FoundProblem, platform: str) -> ExplainedProblem:
         return _with_config(found, None if refused else found.implementation, refused)
     refusals: list[tuple[str, str]] = []
     for name in dispatch.PREFERENCE:
-        reason = dispatch.why_not(name, found.problem, platform)
+        reason = dispatch.why_passed_over(name, found.problem, platform)
         if reason is None:
             return _with_config(found, name, tuple(refusals))
         refusals.append((name, reason))
@@ -184,8 +184,7 @@ def _with_config(
     if implementation in (None, "xla"):
         return ExplainedProblem(found, implementation, refused)
     problem = found.problem
-    sizes = (problem.m, problem.n, problem.k) if isinstance(problem, GemmProblem) else found.operands[0].shape
-    if 0 in sizes:  # what `dispatch` does then
+    if 0 in _sizes(found):  # what `dispatch` does then
         return ExplainedProblem(found, "xla", (*refused, (str(implementation), NOTHING_TO_COMPUTE)))
     if isinstance(problem, GemmProblem):
         choice = dispatch.choose_config(problem)
@@ -194,6 +193,13 @@ def _with_config(
 
     config = default_config(problem, found.operands[0].dtype)
     return ExplainedProblem(found, implementation, refused, config, "default")
+
+
+def _sizes(found: FoundProblem) -> tuple[int, ...]:
+    problem = found.problem
+    if isinstance(problem, GemmProblem):
+        return problem.m, problem.n, problem.k, problem.num_groups
+    return found.operands[0].shape
 
 
 def _title(found: FoundProblem) -> str:

@@ -8,6 +8,7 @@ import functools
 import math
 import statistics
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from jaxgemm.layout import SCALE_BLOCK, align_up, cdiv
 from jaxgemm.problem import GemmProblem
@@ -299,7 +300,8 @@ def neighbours(problem: GemmProblem, config: GemmConfig) -> Iterator[GemmConfig]
     changes += [{"split_k": split_k} for split_k in (1, 2, 4)]
     changes += [{"share": share} for share in (1, 2)]
     changes += [{"tile_n": config.tile_n + step} for step in (-64, -32, -16, 16, 32, 64)]
-    changes += [{"tile_m": config.tile_m + step} for step in ((-16, -8, 8, 16) if config.swap_operands else (-64, 64))]
+    narrow = (-16, -8, 8, 16) if problem.kind != "dense" else ()  # one dense tile has all of a few rows, and no more
+    changes += [{"tile_m": config.tile_m + step} for step in (narrow if config.swap_operands else (-64, 64))]
     seen = {config}
     for change in changes:
         changed = dataclasses.replace(config, **change)  # type: ignore[arg-type]

@@ -218,6 +218,33 @@ def test_a_training_step_is_tuned_in_all_its_products():
     assert f"3 products on {GPU}; winners are stored in {tuning_cache.path(GPU)}" in str(report)
 
 
+def test_groups_are_tuned_where_their_kernel_is_asked_for():
+    sizes = jnp.array([9, 7], jnp.int32)
+    lhs = jaxgemm.quantize(jnp.ones((16, 256)), implementation="xla")
+    rhs = jaxgemm.quantize(jnp.ones((2, 136, 256)), SQUARE, implementation="xla")
+    segments = [jaxgemm.quantize_grouped(jnp.ones((16, n)), sizes, implementation="xla") for n in (24, 136)]
+
+    def products(implementation):
+        def step(lhs, rhs, segments, sizes, total):
+            product = functools.partial(jaxgemm.k_grouped_gemm, *segments, sizes, implementation=implementation)
+            return (
+                jaxgemm.grouped_gemm(lhs, rhs, sizes, implementation=implementation),
+                product(preferred_element_type=jnp.bfloat16, accumulate=total),
+            )
+
+        return jaxgemm.autotune(step, lhs, rhs, segments, sizes, jnp.ones((2, 24, 136)), tuner=tuner(most_configs=4))
+
+    by_name = products("mosaic")
+    assert [len(tuned.trials) for tuned in by_name.problems] == [4, 4] and all(p.winner for p in by_name.problems)
+    for tuned in by_name.problems:
+        assert dispatch.choose_config(tuned.problem) == (tuned.winner.config, tiles.AUTOTUNED)
+    summed = dataclasses.replace(by_name.problems[1].problem, out_dtype=BF16)  # as the call describes it
+    assert dispatch.choose_config(summed).source == tiles.AUTOTUNED
+    if all(dispatch.why_passed_over("mosaic", tuned.problem, "cuda") for tuned in by_name.problems):
+        tuning_cache.path(GPU).unlink()
+        assert all("not tuned: its kernel for groups" in str(tuned) for tuned in products(None).problems)
+
+
 # The real runner, but for the kernel
 
 
