@@ -181,7 +181,7 @@ def _source(eqn: JaxprEqn) -> str | None:
     """The user's line: what `source_info` holds is not documented, and may be missing."""
     traceback = getattr(eqn.source_info, "traceback", None)
     for frame in getattr(traceback, "frames", ()):
-        if not frame.file_name.startswith(_library_folders()) and not frame.file_name.startswith("<"):
+        if not frame.file_name.startswith((*_library_folders(), "<frozen", "<string")):
             return f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
     return None
 

@@ -1,10 +1,13 @@
 import os
+import tempfile
 
 # Eight devices, for the tests of sharding: read when JAX first looks for devices.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 # Threads of XLA's CPU pool. The interpreter of GPU kernels blocks one for every warpgroup that waits at a barrier,
 # and hangs on a machine of two cores, where there would be two.
 os.environ.setdefault("NPROC", "16")
+# No test may depend on tiles that somebody tuned on this machine.
+os.environ["JAXGEMM_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), f"jaxgemm-tests-{os.getpid()}")
 
 import jax
 import pytest

@@ -90,7 +90,7 @@ def cases() -> dict[str, tuple]:
             )  # fmt: skip
             found[f"{kind} {groups} of {m}x{n}x{k} {fill if kind == 'masked' else ''}"] = (
                 problem,
-                choose_config(problem, 132),
+                shipped_choice(problem, 132, None).config,
             )
     return found
 
