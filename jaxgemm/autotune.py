@@ -2,6 +2,8 @@
 
 import dataclasses
 import datetime
+import functools
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -14,6 +16,8 @@ from jaxgemm.find import FoundProblem, describe, find_problems
 from jaxgemm.problem import GemmProblem
 from jaxgemm.tuned_rows import TunedRow, tuned_key
 from jaxgemm.tuning import GemmConfig
+
+logger = logging.getLogger(__name__)
 
 MARGIN = 0.01
 """By how much a tile must beat the one that is chosen now: repeated runs of one kernel differ by about as much."""
@@ -234,12 +238,16 @@ def tune_problem(problem: GemmProblem, tuner: Tuner, advance: Callable[..., None
         search = _Search(problem, tuner, advance)
     except Exception as error:  # such as memory: the other products can still be tuned
         return TunedProblem(problem, skipped=one_line(error))
-    search.run([before.config, *tuning.candidates(problem)])
+    promising = functools.partial(tuning.predicted_microseconds, problem, num_sms=dispatch.sm_count())
+    search.run([before.config, *sorted(tuning.candidates(problem), key=promising)])
     fastest = None
     while search.fastest() not in ([], fastest):
         fastest = search.fastest()
         search.run(n for trial in fastest[:2] for n in tuning.neighbours(problem, trial.config))
     winner = search.final(before.config)
+    in_use = search.trials[before.config].rejected
+    if in_use is not None:
+        logger.warning("the tile in use for %s, %s, is rejected: %s", describe(problem), before, in_use)
     trials = tuple(sorted(search.trials.values(), key=lambda t: (t.microseconds is None, t.microseconds or 0.0)))
     if winner is None:
         first = trials[0].rejected if trials else "there is none"

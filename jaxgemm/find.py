@@ -81,8 +81,10 @@ def find_problems(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Fo
         >>> [found.kind for found in find_problems(fp8_dot, x, w)]
         ['quantize', 'quantize', 'dense']
     """
-    jitted = fn if isinstance(fn, jax.stages.Wrapped) else jax.jit(fn)
-    jaxpr = _open(jitted.trace(*args, **kwargs).jaxpr)
+    traced: Any = fn.trace(*args, **kwargs) if isinstance(fn, jax.stages.Wrapped) else None
+    if not hasattr(traced, "jaxpr"):  # not compiled, or by a wrapper of `jax.jit` that hides it, such as Flax's
+        traced = jax.jit(fn).trace(*args, **kwargs)
+    jaxpr = _open(traced.jaxpr)
     live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))  # as the compiler will
     return tuple(_problems(live, _Around()))
 

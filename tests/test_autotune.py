@@ -151,6 +151,13 @@ def test_wrong_and_failing_configurations_never_win():
     assert wrong not in clock.asked
 
 
+def test_a_tile_in_use_that_is_wrong_is_warned_of(caplog):
+    chosen = dispatch.choose_config(problem()).config
+    tuned = run(spoil=lambda config, out: out * 2 if config == chosen else out)
+    assert tuned.winner.config != chosen and "which was rejected" in str(tuned)
+    assert [r.name for r in caplog.records] == ["jaxgemm.autotune"] and "its result differs" in caplog.text
+
+
 def test_where_everything_fails_nothing_is_stored():
     def spoil(config, out):
         raise RuntimeError("broken")

@@ -146,6 +146,13 @@ def test_the_users_line_is_named():
             assert problem.found.source.startswith(f"{THIS_FILE}:{first + 1} (")
 
 
+def test_functions_that_flax_compiles_are_walked():
+    nnx = pytest.importorskip("flax.nnx")
+    model = jaxgemm.flax.nnx.Linear(256, 64, rngs=nnx.Rngs(0))
+    explanation = jaxgemm.explain(nnx.jit(lambda model, x: model(x)), model, X)
+    assert [p.found.problem.n for p in products(explanation)] == [64]
+
+
 # What would compute it
 
 

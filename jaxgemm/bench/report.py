@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 import jaxgemm
+from jaxgemm import tuning_cache
 from jaxgemm.bench import torch_peers
 from jaxgemm.bench.rows import OWN
 
@@ -52,6 +53,7 @@ def environment() -> dict[str, Any]:
         "jaxlib": importlib.metadata.version("jaxlib"),
         "torch": torch_peers.version(),
         "jaxgemm": jaxgemm.__version__,
+        "tuned rows": len(tuning_cache.rows(device.device_kind)),  # of this machine's own, which come before all else
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
