@@ -107,7 +107,12 @@ def compile_config(problem: GemmProblem, config: GemmConfig, sets: Sequence[Oper
 
 def oracle(problem: GemmProblem, operands: Operands) -> jax.Array:
     """Returns the float32 product of the dequantised operands, in the result's dtype."""
-    return jax.jit(lambda *operands: dispatch.run_gemm(problem, "default", "xla", *operands))(*operands)
+    return _oracle(problem, *operands)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _oracle(problem: GemmProblem, *operands: Any) -> jax.Array:
+    return dispatch.run_gemm(problem, "default", "xla", *operands)
 
 
 def difference(problem: GemmProblem, actual: Any, expected: Any) -> float:

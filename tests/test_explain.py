@@ -149,7 +149,7 @@ def test_the_users_line_is_named():
 def test_functions_that_flax_compiles_are_walked():
     nnx = pytest.importorskip("flax.nnx")
     model = jaxgemm.flax.nnx.Linear(256, 64, rngs=nnx.Rngs(0))
-    explanation = jaxgemm.explain(nnx.jit(lambda model, x: model(x)), model, X)
+    explanation = jaxgemm.explain(nnx.jit(lambda model, x: model(x)), model, shape(64, 256, dtype=jnp.float32))
     assert [p.found.problem.n for p in products(explanation)] == [64]
 
 
