@@ -11,12 +11,14 @@ import numpy as np
 
 from jaxgemm import dispatch, layout, reference, tiles
 from jaxgemm.bench.measure import Call
-from jaxgemm.bench.rows import MOST_WEIGHTS
 from jaxgemm.problem import GemmProblem, QuantizeProblem
 from jaxgemm.tuning import GemmConfig, expected_extent
 
 SMALL_ROWS = 128
 """Up to so many rows of lhs a weight is read once and the product does little else: it is measured cold."""
+
+MOST_WEIGHTS = 256
+"""Weights so small that it takes more of them to fill a cache stay in it in any program, and are measured warm."""
 
 BOUND = 1e-5
 """Largest difference from the oracle, of any tile of 128x128, that rounding can explain."""
@@ -36,8 +38,7 @@ def operand_sets(problem: GemmProblem, cold_bytes: float = 2e8) -> list[Operands
     weight_bytes = problem.n * problem.k * (problem.num_groups if problem.kind in ("grouped", "masked") else 1)
     is_small = problem.kind != "k_grouped" and expected_extent(problem).m <= SMALL_ROWS
     copies = 1 + math.ceil(cold_bytes / weight_bytes) if is_small else 1
-    if copies > MOST_WEIGHTS:  # so small that it stays in a cache in any program
-        copies = 1
+    copies = copies if copies <= MOST_WEIGHTS else 1
     lhs_groups = (problem.num_groups,) if problem.kind == "masked" else ()
     rhs_groups = (problem.num_groups,) if problem.kind in ("grouped", "masked") else ()
     lhs = stored_operand(0, (*lhs_groups, problem.m, problem.k), problem.lhs_block_shape, problem.lhs_dtype)

@@ -1,7 +1,7 @@
 """`explain`: what would compute each FP8 problem of a function, and why. Nothing is run."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -189,10 +189,20 @@ def _with_config(
     if isinstance(problem, GemmProblem):
         choice = dispatch.choose_config(problem)
         return ExplainedProblem(found, implementation, refused, choice.config, choice.source)
-    from jaxgemm.kernels.hopper_quantize_plan import default_config  # kernels are not loaded with the library
+    config, source = _quantize_config(problem, found.operands)
+    return ExplainedProblem(found, implementation, refused, config, source)
 
-    config = default_config(problem, found.operands[0].dtype)
-    return ExplainedProblem(found, implementation, refused, config, "default")
+
+def _quantize_config(problem: QuantizeProblem, inputs: Sequence[jax.ShapeDtypeStruct]) -> tuple[Any, str]:
+    """What `dispatch.run_quantize` launches, and whether with the function in front that the problem has."""
+    from jaxgemm.kernels import hopper_quantize_plan as plan  # kernels are not loaded with the library
+
+    shapes, dtype = [x.shape for x in inputs], inputs[0].dtype
+    reason = plan.why_not(problem, dtype, shapes)
+    if problem.function is None or reason is None:
+        return plan.default_config(problem, dtype), "default"
+    (plain, _), *_ = problem.results(shapes)
+    return plan.default_config(plain, dtype), f"default, with {problem.function} left to XLA: {reason}"
 
 
 def _sizes(found: FoundProblem) -> tuple[int, ...]:
@@ -206,10 +216,11 @@ def _title(found: FoundProblem) -> str:
     """What is computed, in one line."""
     problem = found.problem
     if isinstance(problem, QuantizeProblem):
-        (x,) = found.operands
-        outputs = [name for name in ("natural", "transposed", "column_sum") if getattr(problem, name)]
-        shape = "x".join(map(str, x.shape))
-        return f"quantize {shape} {x.dtype} -> {problem.dtype} {_block(problem.block_shape)} ({', '.join(outputs)})"
+        inputs = " and ".join("x".join(map(str, x.shape)) for x in found.operands)
+        function = f"{problem.function} of " if problem.function else ""
+        outputs = [name for name in ("natural", "transposed", "column_sum", "hidden") if getattr(problem, name)]
+        formats = f"{found.operands[0].dtype} -> {problem.dtype} {_block(problem.block_shape)}"
+        return f"quantize {function}{inputs}, {formats} ({', '.join(outputs)})"
     lhs = f"{problem.lhs_dtype} {_block(problem.lhs_block_shape)}"
     rhs = f"{problem.rhs_dtype} {_block(problem.rhs_block_shape)}"
     epilogue = [

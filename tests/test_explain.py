@@ -192,6 +192,20 @@ def test_what_has_no_kernel_is_refused_with_the_reason(on_hopper):
     assert product.refused[0][1] == "lhs must have blocks of (1, 128), and has (128, 128)"
 
 
+def test_functions_in_front_of_quantizing_are_told(on_hopper):
+    """Also where the kernel cannot take them, and XLA computes them first."""
+
+    def loss(w, x):
+        return jaxgemm.fp8_mlp(x, w, jnp.ones((512, 64), x.dtype)).sum(dtype=jnp.float32)
+
+    for dtype, source in ((jnp.bfloat16, "default"), (jnp.float32, "default, with silu_backward left to XLA")):
+        w, x = shape(256, 512, dtype=dtype), shape(64, 256, dtype=dtype)
+        found = jaxgemm.explain(jax.grad(loss), w, x, platform="cuda")
+        (backward,) = (p for p in found.problems if getattr(p.found.problem, "function", None) == "silu_backward")
+        assert backward.config_source.startswith(source) and len(backward.found.operands) == 2
+        assert f"quantize silu_backward of 64x512 and 64x512, {w.dtype} -> float8_e4m3fn 1x128" in str(backward)
+
+
 def test_empty_products_are_not_given_to_a_kernel(on_hopper):
     (product,) = products(jaxgemm.explain(jaxgemm.fp8_dot, shape(0, 256), W, platform="cuda"))
     assert (product.implementation, product.config, product.flops) == ("xla", None, 0)
