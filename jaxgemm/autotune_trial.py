@@ -79,7 +79,7 @@ def stored_operand(seed: int, shape: tuple[int, ...], block_shape: tuple[int, in
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _stored_operand(key: jax.Array, shape: tuple[int, ...], problem: QuantizeProblem) -> list[jax.Array]:
     def matrix(key: jax.Array) -> list[jax.Array]:
-        return reference.quantize(jax.random.normal(key, shape[-2:]), problem)
+        return reference.quantize(problem, jax.random.normal(key, shape[-2:]))
 
     return matrix(key) if len(shape) == 2 else jax.lax.map(matrix, jax.random.split(key, shape[0]))
 

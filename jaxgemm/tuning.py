@@ -299,6 +299,8 @@ def neighbours(problem: GemmProblem, config: GemmConfig) -> Iterator[GemmConfig]
         changes += [{"band_along_n": not config.band_along_n}]
     changes += [{"split_k": split_k} for split_k in (1, 2, 4)]
     changes += [{"share": share} for share in (1, 2)]
+    if problem.n * problem.out_dtype.itemsize % 16:
+        changes += [{"masked_store": not config.masked_store}]
     changes += [{"tile_n": config.tile_n + step} for step in (-64, -32, -16, 16, 32, 64)]
     narrow = (-16, -8, 8, 16) if problem.kind != "dense" else ()  # one dense tile has all of a few rows, and no more
     changes += [{"tile_m": config.tile_m + step} for step in (narrow if config.swap_operands else (-64, 64))]
