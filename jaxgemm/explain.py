@@ -197,7 +197,8 @@ def _quantize_config(problem: QuantizeProblem, inputs: Sequence[jax.ShapeDtypeSt
     """What `dispatch.run_quantize` launches, and whether with the function in front that the problem has."""
     from jaxgemm.kernels import hopper_quantize_plan as plan  # kernels are not loaded with the library
 
-    shapes, dtype = [x.shape for x in inputs], inputs[0].dtype
+    arrays, _ = problem.split_inputs(inputs)
+    shapes, dtype = [x.shape for x in arrays], arrays[0].dtype
     reason = plan.why_not(problem, dtype, shapes)
     if problem.function is None or reason is None:
         return plan.default_config(problem, dtype), "default"
@@ -209,18 +210,22 @@ def _sizes(found: FoundProblem) -> tuple[int, ...]:
     problem = found.problem
     if isinstance(problem, GemmProblem):
         return problem.m, problem.n, problem.k, problem.num_groups
-    return found.operands[0].shape
+    return tuple(size for x in found.operands for size in x.shape)
 
 
 def _title(found: FoundProblem) -> str:
     """What is computed, in one line."""
     problem = found.problem
     if isinstance(problem, QuantizeProblem):
-        inputs = " and ".join("x".join(map(str, x.shape)) for x in found.operands)
+        arrays, _ = problem.split_inputs(found.operands)
+        inputs = " and ".join("x".join(map(str, x.shape)) for x in arrays)
+        rows = {"masked": "masked rows of ", "segments": f"{problem.num_groups} groups of rows of "}.get(
+            problem.rows, ""
+        )
         function = f"{problem.function} of " if problem.function else ""
         outputs = [name for name in ("natural", "transposed", "column_sum", "hidden") if getattr(problem, name)]
         formats = f"{found.operands[0].dtype} -> {problem.dtype} {_block(problem.block_shape)}"
-        return f"quantize {function}{inputs}, {formats} ({', '.join(outputs)})"
+        return f"quantize {rows}{function}{inputs}, {formats} ({', '.join(outputs)})"
     lhs = f"{problem.lhs_dtype} {_block(problem.lhs_block_shape)}"
     rhs = f"{problem.rhs_dtype} {_block(problem.rhs_block_shape)}"
     epilogue = [

@@ -206,6 +206,17 @@ def test_functions_in_front_of_quantizing_are_told(on_hopper):
         assert f"quantize silu_backward of 64x512 and 64x512, {w.dtype} -> float8_e4m3fn 1x128" in str(backward)
 
 
+def test_rows_that_count_are_told(on_hopper):
+    sizes = shape(3, dtype=jnp.int32)
+    masked = jaxgemm.explain(
+        jaxgemm.masked_grouped_fp8_dot, shape(3, 64, 256), shape(3, 256, 512), sizes, platform="cuda"
+    )
+    assert "quantize masked rows of 3x64x256, bfloat16 -> float8_e4m3fn 1x128 (natural)" in str(masked)
+    segments = jaxgemm.explain(lambda x, sizes: jaxgemm.quantize_grouped(x, sizes), X, sizes, platform="cuda")
+    assert "quantize 3 groups of rows of 64x256, bfloat16" in str(segments)
+    assert segments.problems[0].config_source == "default"
+
+
 def test_empty_products_are_not_given_to_a_kernel(on_hopper):
     (product,) = products(jaxgemm.explain(jaxgemm.fp8_dot, shape(0, 256), W, platform="cuda"))
     assert (product.implementation, product.config, product.flops) == ("xla", None, 0)
