@@ -92,7 +92,7 @@ def test_quantize(tiny_cases, tmp_path):
 def test_dense(tiny_cases, tmp_path):
     assert bench("dense", "--json", str(tmp_path / "a.json")) == 0
     train, forward, whole = report.read(tmp_path / "a.json")["rows"]
-    assert set(whole["times"]) == {"jaxgemm", "xla-bf16"}
+    assert set(whole["times"]) == {"jaxgemm", block.LAYERS, "xla-bf16"}
     assert whole["flops"] == 6 * 2 * 8 * (32 * 64 + 32 * 32 + 32 * 48 + 24 * 32)
     assert train["flops"] == 3 * forward["flops"] == 3 * 2 * 16 * 2 * 40 * 24
     for row in (train, forward, whole):

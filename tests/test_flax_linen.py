@@ -186,3 +186,48 @@ def test_interceptor_leaves_a_subclass_with_its_own_call():
     expected = Doubled(8).apply(variables, x)
     with nn.intercept_methods(fp8_nn.fp8_interceptor()):
         np.testing.assert_array_equal(Doubled(8).apply(variables, x), expected)
+
+
+class PlainMlp(nn.Module):
+    """What `Mlp` stands for, of Flax's own layers."""
+
+    gated: bool
+    use_bias: bool
+
+    @nn.compact
+    def __call__(self, x):
+        def dense(features, name):
+            return nn.Dense(features, use_bias=self.use_bias, name=name, bias_init=nn.initializers.normal(1.0))
+
+        if not self.gated:
+            return dense(20, "down")(nn.gelu(dense(70, "up")(x)))
+        return dense(20, "down")(nn.silu(dense(70, "gate")(x)) * dense(70, "up")(x))
+
+
+@pytest.mark.parametrize("gated, use_bias, shape", [(True, False, (2, 3, 130)), (False, True, (24, 130))])
+def test_mlp_has_flax_parameters_and_nearly_its_outputs_and_gradients(gated, use_bias, shape):
+    x, weights = make_input(*shape), make_input(*shape[:-1], 20, seed=3)
+    ours = fp8_nn.Mlp(
+        70, 20, gated, "silu" if gated else "gelu", use_bias=use_bias, bias_init=nn.initializers.normal(1.0)
+    )
+    theirs = PlainMlp(gated, use_bias)
+    variables, reference = (model.init(jax.random.key(1), x) for model in (ours, theirs))
+    assert jax.tree.structure(variables) == jax.tree.structure(reference)
+    jax.tree.map(np.testing.assert_array_equal, variables, reference)
+
+    def loss(model, variables, x):
+        return (model.apply(variables, x) * weights).sum()
+
+    actual, expected = (
+        jax.jit(jax.grad(functools.partial(loss, model), (0, 1)))(variables, x) for model in (ours, theirs)
+    )
+    assert_trees_near(actual, expected, 0.12)  # two quantised layers, one behind the other
+    names = primitive_names(functools.partial(ours.apply, variables), x)
+    assert names.count("fp8_gemm") == 2 + gated and "dot_general" not in names
+
+
+def test_mlp_computes_in_dtype_and_keeps_its_parameters():
+    x = make_input(3, 16)
+    y, variables = fp8_nn.Mlp(8, dtype=jnp.bfloat16).init_with_output(jax.random.key(0), x)
+    assert (y.shape, y.dtype) == ((3, 16), jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {np.dtype(jnp.float32)}

@@ -159,3 +159,26 @@ def test_convert_says_when_there_is_nothing_to_switch():
         fp8_nnx.convert(Network(nnx.Rngs(0)), lambda path, layer: "hiden" in path)
     with pytest.raises(ValueError, match="got 0 such layers"):
         fp8_nnx.convert(nnx.LayerNorm(4, rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize("gated, use_bias", [(True, False), (False, True)])
+def test_mlp_is_its_layers_fused(gated, use_bias):
+    activation = "silu" if gated else "gelu"
+    keywords = dict(gated=gated, activation=activation, use_bias=use_bias, bias_init=nnx.initializers.normal(1.0))
+    model = fp8_nnx.Mlp(130, 70, 20, rngs=nnx.Rngs(0), **keywords)
+    x, weights = make_input(2, 3, 130), make_input(2, 3, 20, seed=3)
+
+    def layers(model, x):
+        hidden = model.up(x)
+        hidden = jax.nn.silu(model.gate(x)) * hidden if gated else jax.nn.gelu(hidden)
+        return model.down(hidden)
+
+    def gradients(apply):
+        return nnx.jit(nnx.grad(lambda model, x: (apply(model, x) * weights).sum()))(model, x)
+
+    fused, apart = (nnx.to_pure_dict(gradients(apply)) for apply in (lambda model, x: model(x), layers))
+    assert set(fused) == {"up", "down"} | ({"gate"} if gated else set())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), fused, apart)
+    assert model(x).shape == (2, 3, 20)
+    names = primitive_names(lambda x: model(x), x)
+    assert names.count("fp8_gemm") == 2 + gated and "dot_general" not in names

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import E5M2, ROW, SQUARE, activate, assert_close, dequantized, difference, random
+from support import E5M2, ROW, SQUARE, activate, assert_close, difference, random
 
 import jaxgemm
-from jaxgemm import DEEPSEEK, Recipe, quantize
+from jaxgemm import DEEPSEEK, Recipe
 
 GATED, JOINED, PLAIN = "gate", "gate within w_up", "no gate"
 NAMES = ("x", "w_up", "w_down", "w_gate", "bias_up", "bias_down", "bias_gate")
@@ -42,9 +42,23 @@ def run(arguments, dout, **keywords):
     return out, pull_back(dout)[0]
 
 
+def round_trip(x, block, dtype, power_of_two):
+    """What FP8 makes of a matrix, in float64: the definition in numpy, no code of the library."""
+    x = np.asarray(x).astype(np.float32)
+    grid = [-(-size // edge) for size, edge in zip(x.shape, block, strict=True)]
+    blocks = np.zeros((grid[0], block[0], grid[1], block[1]), np.float32)
+    flat = blocks.reshape(grid[0] * block[0], -1)
+    flat[: x.shape[0], : x.shape[1]] = x
+    amax = np.abs(blocks).max((1, 3), keepdims=True)
+    scale = np.where(amax == 0, np.float32(1), amax * np.float32(1 / float(jnp.finfo(dtype).max)))
+    if power_of_two:
+        scale = np.float32(2.0) ** np.ceil(np.log2(np.float64(scale)))
+    values = (blocks * (np.float32(1) / scale.astype(np.float32))).astype(dtype).astype(np.float64)
+    return (values * scale).reshape(flat.shape)[: x.shape[0], : x.shape[1]]
+
+
 def quantised_maths(arguments, dout, activation, recipe):
-    """Value and gradients of the very same quantised maths, in float64 numpy; one list entry for each first layer."""
-    kind = {"power_of_two": recipe.power_of_two}
+    """Value and gradients of the very same quantised maths, in float64 numpy."""
     a = dict.fromkeys(NAMES) | arguments
     x, k = a["x"], a["x"].shape[1]
     joined = a["w_up"].ndim == 3
@@ -52,44 +66,44 @@ def quantised_maths(arguments, dout, activation, recipe):
     if a["w_gate"] is not None:
         first = [(a["w_gate"], a["bias_gate"]), *first]
 
-    def through(w, x_q, bias):
-        w_q = dequantized(quantize(w.T, recipe.rhs_block_shape, recipe.rhs_dtype, **kind)).T
-        return x_q @ w_q + (0 if bias is None else np.asarray(bias, np.float64).reshape(-1))
+    def operand(a, name, block=None):
+        block = block or getattr(recipe, f"{name}_block_shape")
+        return round_trip(a, block, getattr(recipe, f"{name}_dtype"), recipe.power_of_two)
+
+    def through(w, x, bias):
+        """fprop: x by w, whose blocks may lie along k."""
+        out = operand(x, "lhs") @ operand(np.asarray(w).T, "rhs").T
+        return out if bias is None else out + np.asarray(bias, np.float64).reshape(-1)
 
     def back(w, dout):
-        w_q = dequantized(quantize(w, recipe.rhs_block_shape, recipe.rhs_dtype, **kind))
-        return dequantized(quantize(dout, recipe.dout_block_shape, recipe.dout_dtype, **kind)) @ w_q.T
+        return operand(dout, "dout") @ operand(w, "rhs").T
 
     def weight_gradient(x, dout):
         if recipe.wgrad_dtype == "bf16":
             return np.float64(x.T.astype(jnp.bfloat16)) @ np.float64(dout.astype(jnp.bfloat16))
-        x_q, d_q = quantize(x.T, ROW, recipe.lhs_dtype, **kind), quantize(dout.T, ROW, recipe.dout_dtype, **kind)
-        return dequantized(x_q) @ dequantized(d_q).T
+        return operand(x.T, "lhs", ROW) @ operand(dout.T, "dout", ROW).T
 
     def stored(a):
-        return jnp.asarray(a, x.dtype)
+        return np.asarray(a).astype(x.dtype)
 
-    def operand(a):
-        return dequantized(quantize(a, recipe.lhs_block_shape, recipe.lhs_dtype, **kind))
-
-    pre = [np.asarray(stored(through(w, operand(x), bias)), np.float64) for w, bias in first]
+    pre = [np.float64(stored(through(w, x, bias))) for w, bias in first]
     *gate, up = np.split(pre[0], 2, 1) if joined else pre
     hidden = stored(activate(gate[0], activation) * up if gate else activate(up, activation))
-    out = through(a["w_down"], operand(hidden), a["bias_down"])
-    dhidden = np.asarray(stored(back(a["w_down"], dout)), np.float64)
+    dhidden = np.float64(stored(back(a["w_down"], dout)))
     if gate:
         dpre = [dhidden * up * slope(gate[0], activation), dhidden * activate(gate[0], activation)]
     else:
         dpre = [dhidden * slope(up, activation)]
     dpre = [stored(d) for d in ([np.concatenate(dpre, 1)] if joined else dpre)]
-    dw = [weight_gradient(x, d).reshape(a["w_up"].shape) for d in dpre]
-    db = [np.asarray(d, np.float64).sum(0) for d in dpre]
+    dw = [weight_gradient(x, d) for d in dpre]
+    db = [np.float64(d).sum(0) for d in dpre]
     gradients = {
         "x": sum(back(w, d) for (w, _), d in zip(first, dpre, strict=True)),
         "w_down": weight_gradient(hidden, dout),
-        "bias_down": np.asarray(dout, np.float64).sum(0),
+        "bias_down": np.float64(dout).sum(0),
         "w_up": dw[-1], "bias_up": db[-1], "w_gate": dw[0], "bias_gate": db[0],
     }  # fmt: skip
+    out = through(a["w_down"], hidden, a["bias_down"])
     return out, {name: gradients[name].reshape(value.shape) for name, value in arguments.items()}
 
 
@@ -103,7 +117,6 @@ MIXED = Recipe(power_of_two=True, dout_dtype=E5M2)
         (GATED, "gelu", (33, 200, 70, 40), MIXED),
         (GATED, "silu", (70, 130, 130, 130), Recipe(wgrad_dtype="bf16")),
         (JOINED, "silu", (130, 64, 256, 130), DEEPSEEK),
-        (JOINED, "relu", (7, 13, 77, 5), DEEPSEEK),
         (JOINED, "silu", (33, 40, 70, 40), Recipe(lhs_block_shape=SQUARE, dout_block_shape=SQUARE)),
         (PLAIN, "gelu", (130, 64, 200, 7), DEEPSEEK),
     ],
@@ -112,12 +125,14 @@ def test_value_and_gradients_are_the_quantised_maths(kind, activation, sizes, re
     arguments, dout = draw(kind, *sizes), random(9, sizes[0], sizes[3])
     options = {"activation": activation, "recipe": recipe, "implementation": implementation}
     out, gradients = jax.jit(functools.partial(run, **options))(arguments, dout)
-    expected, expected_gradients = quantised_maths(arguments, dout, activation, recipe)
+    expected, expected_gradients = quantised_maths(
+        jax.tree.map(np.asarray, arguments), np.asarray(dout), activation, recipe
+    )
     assert_close(out, expected)
     assert gradients.keys() == arguments.keys()
     for name, gradient in gradients.items():
         assert_close(np.atleast_2d(gradient), np.atleast_2d(expected_gradients[name]))
-    assert_close(jaxgemm.fp8_mlp(**arguments, **options), out, 1e-9)
+    assert_close(jax.jit(lambda a: jaxgemm.fp8_mlp(**a, **options))(arguments), out, 1e-9)
 
 
 def layer_by_layer(x, w_up, w_down, w_gate=None, bias_up=None, bias_down=None, bias_gate=None):
@@ -132,6 +147,8 @@ def test_equals_the_layers_one_by_one(dtype, bound):
     arguments, dout = draw(GATED, 30, 200, 140, 130, dtype, lead=(2,)), random(9, 2, 30, 130, dtype=dtype)
     out, gradients = jax.jit(run)(arguments, dout)
     expected, pull_back = jax.vjp(jax.jit(lambda a: layer_by_layer(**a)), arguments)
+    in_float32 = functools.partial(jaxgemm.fp8_mlp, **arguments, preferred_element_type=jnp.float32)
+    assert jax.eval_shape(in_float32).dtype == jnp.float32
     assert out.dtype == dtype and {g.dtype for g in gradients.values()} == {np.dtype(dtype)}
     assert difference(out, expected) < bound
     for name, want in pull_back(dout)[0].items():
@@ -151,17 +168,18 @@ def test_gate_within_w_up_is_the_same_layer():
     np.testing.assert_allclose(gradients["bias_up"][0], apart["bias_gate"], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("lead, m", [((), 0), ((2, 0), 3), ((2, 3), 1)])
+@pytest.mark.parametrize("lead, m", [((), 0), ((2, 3), 1)])
 def test_any_leading_axes_also_without_rows(lead, m):
     arguments = draw(JOINED, m, 20, 12, 7, lead=lead)
-    out, gradients = run(arguments, random(9, *lead, m, 7))
+    out, gradients = jax.jit(run)(arguments, random(9, *lead, m, 7))
     assert out.shape == (*lead, m, 7)
     assert {name: g.shape for name, g in gradients.items()} == {name: a.shape for name, a in arguments.items()}
-    np.testing.assert_array_equal(jaxgemm.fp8_mlp(**arguments, preferred_element_type=jnp.bfloat16).shape, out.shape)
 
 
-@pytest.mark.parametrize("frozen", [("w_up", "w_gate", "w_down"), ("w_down",), ("w_gate",)])
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "frozen, bias",
+    [(("w_up", "w_gate", "w_down"), True), (("w_up", "w_gate"), False), (("w_down",), True), (("w_gate",), False)],
+)
 def test_quantised_weights_are_constants(frozen, bias):
     """All other gradients are what they are with float weights."""
     arguments, dout = draw(GATED, 20, 130, 70, 40, bias=bias), random(9, 20, 40)
@@ -174,16 +192,15 @@ def test_quantised_weights_are_constants(frozen, bias):
         np.testing.assert_allclose(gradient, expected[name], rtol=1e-5, atol=1e-5)
 
 
-def test_vmap_over_weights_and_inputs():
-    arguments = draw(GATED, 9, 40, 24, 16, bias=False)
-    many = {name: jnp.stack([a, 2 * a]) for name, a in arguments.items()}
-    dout = random(9, 9, 16)
-    for name in ("x", "w_gate"):
-        axes = {other: 0 if other == name else None for other in arguments}
-        batched = jax.jit(jax.vmap(run, (axes, None)))({**arguments, name: many[name]}, dout)
-        for i in range(2):
-            expected = jax.jit(run)({**arguments, name: many[name][i]}, dout)
-            jax.tree.map(lambda a, b, i=i: assert_close(a[i], b, 1e-9), batched, expected)
+def test_vmap_over_a_weight():
+    arguments, dout = draw(GATED, 9, 40, 24, 16, bias=False), random(9, 9, 16)
+    many = jnp.stack([arguments["w_gate"], 2 * arguments["w_gate"]])
+    axes = dict.fromkeys(arguments) | {"w_gate": 0}
+    batched = jax.jit(jax.vmap(run, (axes, None)))({**arguments, "w_gate": many}, dout)
+    one = jax.jit(run)
+    for i in range(2):
+        expected = one({**arguments, "w_gate": many[i]}, dout)
+        jax.tree.map(lambda a, b, i=i: assert_close(a[i], b, 1e-9), batched, expected)
 
 
 def residual_bytes(function, *args):

@@ -1,6 +1,7 @@
 """A transformer block forward and backward: what FP8 layers are worth beside attention that stays in bfloat16."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -13,6 +14,11 @@ from jaxgemm.bench.measure import Call, temporary_mib
 from jaxgemm.bench.rows import OWN, Row, Setup, normal, stored_bytes
 
 Dot = Callable[[jax.Array, jax.Array], jax.Array]
+Mlp = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""Of x, gate and up side by side `[k, 2 h]`, and down `[h, k]`."""
+
+LAYERS = f"{OWN}, layer by layer"
+"""Column with the MLP as two products and an activation between them, in place of the fused one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +81,15 @@ def run_case(case: BlockCase, setup: Setup) -> list[Row]:
     def fp8_dot(x: jax.Array, w: jax.Array) -> jax.Array:
         return jaxgemm.fp8_dot(x, w, implementation=setup.implementation)
 
+    def fp8_mlp(x: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
+        gate_up = gate_up.reshape(case.width, 2, case.hidden)
+        return jaxgemm.fp8_mlp(x, gate_up, down, implementation=setup.implementation)
+
     with jax.numpy_dtype_promotion("standard"):  # JAX's own attention does not pass under "strict"
-        own = Call.jitted(_training_step(case, fp8_dot), arguments)
+        own = Call.jitted(_training_step(case, fp8_dot, fp8_mlp), arguments)
+        by_layer = Call.jitted(_training_step(case, fp8_dot), arguments)
         reference = Call.jitted(_training_step(case, jnp.matmul), arguments)
-    calls = {OWN: own, **({"xla-bf16": reference} if "xla-bf16" in setup.peers else {})}
+    calls = {OWN: own, LAYERS: by_layer, **({"xla-bf16": reference} if "xla-bf16" in setup.peers else {})}
     result, expected = own.first(), reference.first()
     row = Row(case.name, dict(group="block", cold=False, **dataclasses.asdict(case)), case.flops, 0.0)
     row.bytes = float(stored_bytes(arguments, result))
@@ -86,22 +97,27 @@ def run_case(case: BlockCase, setup: Setup) -> list[Row]:
     pairs = zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True)
     row.checks["largest difference from bf16"] = max(accuracy.difference(a, b) for a, b in pairs)
     row.checks["temp MiB"] = temporary_mib(own)
+    row.checks["layer by layer temp MiB"] = temporary_mib(by_layer)
     row.checks["xla-bf16 temp MiB"] = temporary_mib(reference)
     return [row]
 
 
-def _training_step(case: BlockCase, dot: Dot) -> Callable[..., Any]:
+def _training_step(case: BlockCase, dot: Dot, mlp: Mlp | None = None) -> Callable[..., Any]:
     def training_step(x: jax.Array, weights: dict[str, jax.Array], dout: jax.Array) -> Any:
-        out, pull_back = jax.vjp(lambda x, weights: _block(case, dot, x, weights), x, weights)
+        out, pull_back = jax.vjp(lambda x, weights: _block(case, dot, x, weights, mlp), x, weights)
         return out, pull_back(dout)
 
     return training_step
 
 
-def _block(case: BlockCase, dot: Dot, x: jax.Array, weights: dict[str, jax.Array]) -> jax.Array:
+def _block(case: BlockCase, dot: Dot, x: jax.Array, weights: dict[str, jax.Array], mlp: Mlp | None = None) -> jax.Array:
     x = x + dot(_attention(case, dot(_norm(x), weights["qkv"])), weights["out"])
-    gate, up = jnp.split(dot(_norm(x), weights["gate_up"]), 2, -1)
-    return x + dot(jax.nn.silu(gate) * up, weights["down"])
+    return x + (mlp or functools.partial(_mlp, dot))(_norm(x), weights["gate_up"], weights["down"])
+
+
+def _mlp(dot: Dot, x: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
+    gate, up = jnp.split(dot(x, gate_up), 2, -1)
+    return dot(jax.nn.silu(gate) * up, down)
 
 
 def _attention(case: BlockCase, qkv: jax.Array) -> jax.Array:

@@ -13,9 +13,10 @@ from flax import linen as nn
 from jax import Array
 
 from jaxgemm.dot import fp8_dot, fp8_dot_general
+from jaxgemm.mlp import fp8_mlp
 from jaxgemm.recipe import DEEPSEEK, Recipe
 
-__all__ = ["Dense", "fp8_interceptor"]
+__all__ = ["Dense", "Mlp", "fp8_interceptor"]
 
 # Says of one layer, by its path in the model and itself, whether it is switched to FP8.
 LayerFilter = Callable[[tuple[str, ...], nn.Module], bool]
@@ -75,6 +76,89 @@ class Dense(nn.Dense):
                 f"activation must be None where dot_general replaces the FP8 product, got {self.activation!r}"
             )
         return super().__call__(inputs)
+
+
+class Mlp(nn.Module):
+    """The MLP of a transformer in FP8, fused: `down(activation(gate(inputs)) * up(inputs))`, or without gate.
+
+    The parameters are those of three `flax.linen.Dense` layers named `gate`, `up` and `down`. They are quantised
+    from `param_dtype`, and their gradients have that dtype, also if `dtype` is narrower.
+
+    Attributes:
+        hidden_features: Columns of `gate` and `up`.
+        features: Columns of `down`; None for the inputs' last axis.
+        gated: Whether there is a `gate`; without one, `down(activation(up(inputs)))`.
+        activation: "relu", "gelu" or "silu".
+        use_bias: Whether each layer adds a bias.
+        dtype: Dtype of the computation; None infers it from the inputs and parameters.
+        param_dtype: Dtype of the parameters.
+        kernel_init: Initialiser of the kernels.
+        bias_init: Initialiser of the biases.
+        recipe: How operands are quantised.
+        implementation: None, "mosaic", "triton" or "xla", as in `jaxgemm.fp8_mlp`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> layer = Mlp(hidden_features=16)
+        >>> variables = layer.init(jax.random.key(0), jnp.ones((2, 8)))
+        >>> jax.tree.map(jnp.shape, variables)
+        {'params': {'down': {'kernel': (16, 8)}, 'gate': {'kernel': (8, 16)}, 'up': {'kernel': (8, 16)}}}
+    """
+
+    hidden_features: int
+    features: int | None = None
+    gated: bool = True
+    activation: str = "silu"
+    use_bias: bool = False
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    kernel_init: Callable[..., Any] = nn.linear.default_kernel_init
+    bias_init: Callable[..., Any] = nn.initializers.zeros_init()
+    recipe: Recipe = DEEPSEEK
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(self, inputs: Array) -> Array:
+        """Applies the MLP to the last axis of `inputs` [..., k]; returns [..., features], of the promoted dtype."""
+        in_features = jnp.shape(inputs)[-1]
+        gate, gate_bias = self._layer("gate", in_features, self.hidden_features) if self.gated else (None, None)
+        up, up_bias = self._layer("up", in_features, self.hidden_features)
+        down, down_bias = self._layer("down", self.hidden_features, self.features or in_features)
+        promoted: Any = nn.dtypes.promote_dtype(inputs, gate, up, down, gate_bias, up_bias, down_bias, dtype=self.dtype)
+        return fp8_mlp(
+            promoted[0],
+            up,
+            down,
+            gate,
+            bias_up=up_bias,
+            bias_down=down_bias,
+            bias_gate=gate_bias,
+            activation=self.activation,
+            recipe=self.recipe,
+            implementation=self.implementation,
+        )
+
+    def _layer(self, name: str, in_features: int, features: int) -> tuple[Array, Array | None]:
+        return _DenseParameters(
+            in_features, features, self.use_bias, self.param_dtype, self.kernel_init, self.bias_init, name=name
+        )()
+
+
+class _DenseParameters(nn.Module):
+    """Kernel and bias of a Dense layer, made or read as `flax.linen.Dense` does."""
+
+    in_features: int
+    features: int
+    use_bias: bool
+    param_dtype: Any
+    kernel_init: Callable[..., Any]
+    bias_init: Callable[..., Any]
+
+    @nn.compact
+    def __call__(self) -> tuple[Array, Array | None]:
+        kernel = self.param("kernel", self.kernel_init, (self.in_features, self.features), self.param_dtype)
+        bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
+        return kernel, bias
 
 
 def fp8_interceptor(

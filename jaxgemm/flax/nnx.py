@@ -18,9 +18,10 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from jaxgemm.dot import fp8_dot, fp8_dot_general
+from jaxgemm.mlp import fp8_mlp
 from jaxgemm.recipe import DEEPSEEK, Recipe
 
-__all__ = ["Linear", "convert"]
+__all__ = ["Linear", "Mlp", "convert"]
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -137,6 +138,81 @@ class Linear(nnx.Linear):
             implementation=self.implementation,
         )
         return out if out_sharding is None else jax.sharding.reshard(out, out_sharding)
+
+
+class Mlp(nnx.Module):
+    """The MLP of a transformer in FP8, fused: `down(activation(gate(inputs)) * up(inputs))`, or without gate.
+
+    The layers `gate`, `up` and `down` are `jaxgemm.flax.nnx.Linear`, with Flax's own parameters. These are quantised
+    from `param_dtype`, and their gradients have that dtype, also if `dtype` is narrower.
+
+    Args:
+        in_features: Size k of the inputs' last axis.
+        hidden_features: Columns of `gate` and `up`.
+        out_features: Columns of `down`; None for in_features.
+        gated: Whether there is a `gate`; without one, `down(activation(up(inputs)))`.
+        activation: "relu", "gelu" or "silu".
+        use_bias: Whether each layer adds a bias.
+        dtype: Dtype of the computation; None infers it from the inputs and parameters.
+        param_dtype: Dtype of the parameters.
+        rngs: Random keys for the parameters.
+        recipe: How operands are quantised.
+        implementation: None, "mosaic", "triton" or "xla", as in `jaxgemm.fp8_mlp`.
+        **linear_keywords: Further arguments of each `Linear`, such as `kernel_init`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> Mlp(8, 16, rngs=nnx.Rngs(0))(jnp.ones((2, 8))).shape
+        (2, 8)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        out_features: int | None = None,
+        *,
+        gated: bool = True,
+        activation: str = "silu",
+        use_bias: bool = False,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+        recipe: Recipe = DEEPSEEK,
+        implementation: str | None = None,
+        **linear_keywords: Any,
+    ):
+        def layer(in_features: int, out_features: int) -> Linear:
+            keywords = dict(use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs, **linear_keywords)
+            return Linear(in_features, out_features, recipe=recipe, implementation=implementation, **keywords)
+
+        self.gate = layer(in_features, hidden_features) if gated else None
+        self.up = layer(in_features, hidden_features)
+        self.down = layer(hidden_features, out_features or in_features)
+        self.activation = activation
+        self.dtype = dtype
+        self.recipe = recipe
+        self.implementation = implementation
+
+    def __call__(self, inputs: Array) -> Array:
+        """Applies the MLP to the last axis of `inputs` [..., k]; returns [..., out_features]."""
+        up, down, gate = self.up, self.down, self.gate
+        layers = [up, down] if gate is None else [up, down, gate]
+        parameters = [a[...] for layer in layers for a in (layer.kernel, layer.bias) if a is not None]
+        promoted = dtypes.promote_dtype((inputs, *parameters), dtype=self.dtype)
+        return fp8_mlp(
+            promoted[0],
+            up.kernel[...],
+            down.kernel[...],
+            None if gate is None else gate.kernel[...],
+            bias_up=None if up.bias is None else up.bias[...],
+            bias_down=None if down.bias is None else down.bias[...],
+            bias_gate=None if gate is None or gate.bias is None else gate.bias[...],
+            activation=self.activation,
+            recipe=self.recipe,
+            implementation=self.implementation,
+        )
 
 
 def convert(

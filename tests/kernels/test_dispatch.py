@@ -37,13 +37,18 @@ def test_forward_alone_is_one_product():
     assert (text.count(GEMM_KERNEL), text.count(QUANTIZE_KERNEL)) == (1, 2)
 
 
+def copies(text):
+    """Lines that pad, slice, transpose or join arrays of the operands' dtypes."""
+    moving = [line for line in text.splitlines() if re.search(r"stablehlo\.(pad|slice|transpose|concatenate)", line)]
+    return [line for line in moving if "f8E4M3FN" in line or "bf16" in line]
+
+
 def test_operands_that_are_aligned_are_not_copied():
     """Between the caller's FP8 arrays and the kernel nothing is padded, sliced or transposed, nor behind it."""
     lhs, rhs = operands(256, 512, 1024)
     text = lowered(jaxgemm.gemm, lhs, rhs)
     assert text.count(GEMM_KERNEL) == 1
-    moving = [line for line in text.splitlines() if re.search(r"stablehlo\.(pad|slice|transpose|concatenate)", line)]
-    assert not [line for line in moving if "f8E4M3FN" in line or "bf16" in line]
+    assert not copies(text)
 
 
 def test_what_mosaic_cannot_do_is_refused_with_the_reason():
@@ -126,3 +131,51 @@ def test_functions_are_fused_where_they_fit(dtype, kernels):
     assert len(re.findall("fp8_quantize_(?:silu_gate_backward_)?mosaic_gpu", text)) == kernels
     assert text.count("fp8_quantize_silu_gate_backward_mosaic_gpu") == (dtype == jnp.bfloat16)
     assert ("stablehlo.exponential" in text) == (dtype == jnp.float32)
+
+
+MLP_PASSES = ["", "", "", "", "silu_gate_", "silu_gate_backward_"]
+"""Quantising kernels of a gated MLP's training step: x, dout, w_up, w_down; then the hidden layer, both ways."""
+
+
+@pytest.mark.parametrize(
+    "joined, h, products, passes",
+    [
+        (True, 384, 6, MLP_PASSES),
+        (False, 384, 9, ["", *MLP_PASSES]),  # w_gate by itself
+        (
+            True,
+            200,
+            6,
+            [""] * 7,
+        ),  # halves that meet inside a block: XLA puts them together, twice with the hidden layer
+    ],
+)
+def test_an_mlp_trains_in_kernels_alone(joined, h, products, passes):
+    """Every product is an FP8 kernel, each array is quantised once, and no hidden activations are stored."""
+    k, n = 256, 128
+    up = random(1, k, 2, h, dtype=jnp.bfloat16)
+    weights = (up, random(2, h, n, dtype=jnp.bfloat16), *(() if joined else (up[:, 0],)))
+    weights = weights if joined else (up[:, 1], *weights[1:])
+
+    def loss(x, weights):
+        return (jaxgemm.fp8_mlp(x, *weights, implementation="mosaic").astype(jnp.float32) ** 2).sum()
+
+    text = lowered(jax.grad(loss, (0, 1)), random(0, 192, k, dtype=jnp.bfloat16), weights)
+    found = re.findall(r"fp8_quantize_((?:silu_gate_(?:backward_)?)?)mosaic_gpu", text)
+    assert text.count(GEMM_KERNEL) == products
+    assert sorted(found) == sorted(passes)
+    assert "dot_general" not in text
+    fused = "silu_gate_" in passes
+    # Beside the kernels, XLA adds up, rounds and squares; exponentials would be activations taken outside of them.
+    assert ("stablehlo.exponential" in text) != fused
+    assert bool(copies(text)) != fused
+
+
+def test_the_gradient_of_an_activation_costs_no_pass_of_its_own():
+    x, w, bias = random(0, 256, 384), random(1, 384, 256), random(2, 256)
+    x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
+    for activation in ("relu", "gelu", "silu"):
+        dot = functools.partial(jaxgemm.fp8_dot, activation=activation)
+        text = lowered(lambda x, w, b, dout, dot=dot: jax.vjp(dot, x, w, b)[1](dout), x, w, bias, x[:, :256])
+        assert text.count(f"fp8_quantize_{activation}_backward_mosaic_gpu") == 1
+        assert (text.count(GEMM_KERNEL), text.count(QUANTIZE_KERNEL)) == (3, 2)
