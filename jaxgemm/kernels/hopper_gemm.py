@@ -26,7 +26,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxgemm.kernels import epilogue, split_k
+from jaxgemm.kernels import split_k
+from jaxgemm.kernels.finish import Finish
 from jaxgemm.kernels.mainloop import (
     Operand,
     OperandRefs,
@@ -36,7 +37,6 @@ from jaxgemm.kernels.mainloop import (
     load_block_scales,
     load_tile,
 )
-from jaxgemm.kernels.masked_store import store_masked
 from jaxgemm.kernels.plan import Plan, make_plan, scratch_types
 from jaxgemm.kernels.schedule import (
     LOCAL_AXIS,
@@ -115,7 +115,7 @@ def compute_role(
     problem, config = plan.problem, plan.config
     warpgroup = lax.axis_index("warpgroup")
     first_row = warpgroup * (plan.num_waves * WAVE_ROWS)
-    store_wave = functools.partial(epilogue.store_wave, adds=adds)
+    finish = Finish(plan, smem.get("bias_smem"), smem["out_smem"].at[warpgroup], out_gmem, adds)
 
     def compute_one_tile(tile, upcoming, carry):
         slot, block_scales = carry
@@ -132,7 +132,7 @@ def compute_role(
             plgpu.barrier_wait(smem["bias_full"])
         if config.split_k == 1:
             for wave, parts in enumerate(sums):
-                finish_wave(parts, tile, first_row + wave * WAVE_ROWS, 0)
+                finish.wave(parts, tile, first_row + wave * WAVE_ROWS, 0)
         else:
             finish_split_wave(sums[0][0], tile)
         if problem.has_bias:
@@ -143,44 +143,13 @@ def compute_role(
         starts = tile.row_start, tile.column_start
         return [load_block_scales(side, tile.group, start) for side, start in zip(sides, starts, strict=True)]
 
-    def finish_wave(parts, tile, row, column):
-        """Stores one wave: `row` and `column` are where it starts in the tile."""
-        if problem.has_bias:
-            parts = epilogue.add_bias(parts, smem["bias_smem"], row, config.swap_operands)
-        parts = [epilogue.activate(part, problem.activation) for part in parts]
-        if plan.problem.kind == "masked" and problem.fill == "zero":
-            parts = epilogue.zero_masked(parts, row, column, tile.rows_left, config.swap_operands)
-        elif plan.stores_ragged and problem.has_bias:
-            parts = [part * (tile.k.num_tiles > 0).astype(jnp.float32) for part in parts]  # rows of no group
-        if plan.stores_masked:
-            return finish_masked(parts, tile, row, column)
-        store = epilogue.store_wave_transposed if config.swap_operands else store_wave
-        out = out_gmem.at[tile.group] if len(plan.out_shape) == 3 else out_gmem
-        lhs_offset = column if config.swap_operands else row
-        rows_left = tile.rows_left - lhs_offset if plan.stores_ragged else None
-        store(parts, smem["out_smem"].at[warpgroup], out, tile.row_start + row, tile.column_start + column, rows_left)
-
-    def finish_masked(parts, tile, row, column):
-        """Stores one wave element by element."""
-        swap, first_group_row = config.swap_operands, tile.group * problem.m if len(plan.out_shape) == 3 else 0
-        for part in parts:
-            offset_m, offset_n = (column, row) if swap else (row, column)
-            start_m, start_n = (tile.column_start, tile.row_start) if swap else (tile.row_start, tile.column_start)
-            rows_left = problem.m - start_m - offset_m
-            if plan.stores_ragged:
-                rows_left = lax.min(rows_left, tile.rows_left - offset_m)
-            place = first_group_row + start_m + offset_m, start_n + offset_n
-            columns_left = problem.n - place[1]
-            store_masked(part.astype(problem.out_dtype), out_gmem, *place, rows_left, columns_left, swap)
-            column = column + part.shape[1]
-
     def finish_split_wave(sums, tile):
         rank, width = lax.axis_index(SPLIT_AXIS), plan.output_columns
         total = split_k.sum_slice(sums, smem["partial_smem"].at[warpgroup], smem["ready_barrier"], config.split_k, rank)
 
         @pl.when(rank * width < plan.columns.tile)
         def finish_slice():
-            finish_wave([total], tile, first_row, rank * width)
+            finish.wave([total], tile, first_row, rank * width)
 
         # No block may go on while another still reads its partial sums.
         plgpu.barrier_arrive(smem["used_barrier"])
