@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxgemm
+
 for module in ("flax", "optax", "orbax.checkpoint", "matplotlib", "tqdm"):
     pytest.importorskip(module)
 
@@ -182,3 +184,32 @@ def test_the_check_of_decoding_sees_a_wrong_row():
     assert decode_moe.largest_error(weights, steps, 1) < 1e-2
     steps[0]["y"] = steps[0]["y"].at[4].set(0)
     assert decode_moe.largest_error(weights, steps, 1) > 0.1
+
+
+# Published checkpoints
+
+
+def test_a_checkpoint_in_deepseeks_format_is_used_as_it_is(tmp_path, capsys):
+    pytest.importorskip("safetensors")
+    import load_deepseek
+
+    errors = load_deepseek.main("--d-model 140 --d-ff 200 --experts 3".split())
+    assert set(errors) == {"dense layer", "experts"} and all(0.01 < error < 0.09 for error in errors.values())
+
+    original = load_deepseek.write_checkpoint(tmp_path, 140, 200, 2)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+    weights = load_deepseek.load_weights(tmp_path)
+    assert set(weights) == {*original, "model.norm.weight"}
+    name = "model.layers.1.mlp.experts.1.down_proj.weight"
+    quantized = jaxgemm.quantize(original[name], (128, 128))
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), weights[name], quantized))
+    stacked = load_deepseek.stack_experts(weights, "model.layers.1")
+    assert stacked["gate_proj"].shape == (2, 200, 140)
+    assert bool((stacked["down_proj"].values[1] == quantized.values).all())
+
+    load_deepseek.main(["--from", str(tmp_path)])
+    assert "model.norm.weight: bfloat16[140]" in capsys.readouterr().out
+    config = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config.replace("e4m3", "ue8m0"))
+    with pytest.raises(ValueError, match="fmt e4m3, got"):
+        load_deepseek.load_weights(tmp_path)
