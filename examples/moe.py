@@ -25,11 +25,10 @@ from lm.placement import make_mesh, parse_mesh
 from lm.training import Settings
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "demo": dict(
-        steps=200, batch=8, seq=64, d_model=128, layers=2, heads=4, d_ff=128, experts=8, top_k=2, lr=3e-3
-    ),
+    "demo": dict(steps=200, batch=8, seq=64, d_model=128, layers=2, heads=4, d_ff=128, experts=8, top_k=2, lr=3e-3),
     "mixtral": dict(
-        steps=100, batch=4, seq=2048, d_model=4096, layers=1, heads=32, d_ff=14336, experts=8, top_k=2, lr=3e-4
+        steps=100, batch=4, seq=2048, d_model=4096, layers=1, heads=32, d_ff=14336, experts=8, top_k=2, lr=3e-4,
+        checkpoint_every=0,  # 18 GB each
     ),
 }  # fmt: skip
 

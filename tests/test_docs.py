@@ -123,6 +123,12 @@ def check_flags(name, arguments):
     assert seen, errors.getvalue()
 
 
+def test_a_block_that_needs_a_gpu_is_known_by_its_marker(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"a\n\n{NEEDS_GPU}\n```python\nfirst\n```\n\n```python\nsecond\n```\n\n```sh\nthird\n```\n")
+    assert blocks(page, "python") == [(4, "first\n", True), (8, "second\n", False)]
+
+
 def test_checks_of_commands_see_what_is_missing():
     for words in (
         ["make", "coffee"],

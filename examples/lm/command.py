@@ -34,7 +34,7 @@ def add_flags(parser: argparse.ArgumentParser, presets: Presets, out: str) -> No
     parser.add_argument("--attention", choices=("xla", "cudnn"), default="xla", help="cudnn: bfloat16 on a GPU")
     parser.add_argument("--only", choices=("fp8", *SHORT_NAMES.values()), help="run one of the two")
     parser.add_argument("--out", type=Path, default=Path(out))
-    parser.add_argument("--checkpoint-every", type=int, default=100, metavar="STEPS", help="0: never")
+    parser.add_argument("--checkpoint-every", type=int, metavar="STEPS", help="default: 100; 0: never")
     parser.add_argument("--evaluate-every", type=int, metavar="STEPS", help="default: a fifth of all steps")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
 
@@ -47,6 +47,7 @@ def make_settings(arguments: argparse.Namespace, presets: Presets, settings_type
         by_name = {short: dtype for dtype, short in SHORT_NAMES.items()}
         default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         values["dtype"] = by_name.get(arguments.only, default)
+    values.setdefault("checkpoint_every", 100)
     values.setdefault("evaluate_every", max(values["steps"] // 5, 1))
     settings = settings_type(**{field.name: values[field.name] for field in fields(settings_type)})
     if arguments.only not in (None, "fp8", SHORT_NAMES[settings.dtype]):
