@@ -50,7 +50,9 @@ def route(weights: Weights, x: jax.Array, top_k: int) -> tuple[jax.Array, jax.Ar
     return experts, shares / shares.sum(axis=1, keepdims=True)
 
 
-def moe_layer(weights: Weights, x: jax.Array, is_active: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:
+def moe_layer(
+    weights: Weights, x: jax.Array, is_active: jax.Array, top_k: int, implementation: str | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Sends the active tokens of `x` [batch, d_model] through their experts.
 
     Args:
@@ -58,6 +60,7 @@ def moe_layer(weights: Weights, x: jax.Array, is_active: jax.Array, top_k: int) 
         x: bfloat16 or float32 `[batch, d_model]`.
         is_active: bool `[batch]`; a token that is not goes to no expert, and gets zeros.
         top_k: Experts of a token.
+        implementation: Of the experts' products.
 
     Returns:
         The outputs `[batch, d_model]`, and `masked_m` [g]: the rows that each expert got.
@@ -74,7 +77,9 @@ def moe_layer(weights: Weights, x: jax.Array, is_active: jax.Array, top_k: int) 
     groups = jnp.zeros((num_experts, batch, d_model), x.dtype).at[experts, row].set(x[:, None], mode="drop")
 
     # What lies past `masked_m` is never looked at again, so that nothing needs to be written there.
-    options: dict[str, Any] = dict(expected_m=max(1, batch * top_k // num_experts), fill="unspecified")
+    options: dict[str, Any] = dict(
+        expected_m=max(1, batch * top_k // num_experts), fill="unspecified", implementation=implementation
+    )
     hidden = jaxgemm.masked_grouped_gemm(jaxgemm.quantize(groups), weights.gate_up, masked_m, **options)
     gate, up = jnp.split(hidden, 2, axis=-1)
     outputs = jaxgemm.masked_grouped_gemm(jaxgemm.quantize(jax.nn.silu(gate) * up), weights.down, masked_m, **options)
@@ -96,7 +101,9 @@ def token_layer(weights: Weights, x: jax.Array, top_k: int) -> jax.Array:
     return (shares[0] @ copies).astype(x.dtype)
 
 
-def decode(weights: Weights, x: jax.Array, lengths: np.ndarray, top_k: int) -> tuple[list[dict[str, Any]], int]:
+def decode(
+    weights: Weights, x: jax.Array, lengths: np.ndarray, top_k: int, implementation: str | None = None
+) -> tuple[list[dict[str, Any]], int]:
     """Takes steps until all sequences have their length, each from the last one's outputs.
 
     Args:
@@ -104,6 +111,7 @@ def decode(weights: Weights, x: jax.Array, lengths: np.ndarray, top_k: int) -> t
         x: `[batch, d_model]`, what the first step gets.
         lengths: int `[batch]`, steps of each sequence.
         top_k: Experts of a token.
+        implementation: Of the experts' products.
 
     Returns:
         For each step its `x`, `is_active`, `y` and `masked_m`; and how often JAX compiled after the first step.
@@ -111,7 +119,7 @@ def decode(weights: Weights, x: jax.Array, lengths: np.ndarray, top_k: int) -> t
 
     @jax.jit
     def step(weights: Weights, x: jax.Array, is_active: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        y, masked_m = moe_layer(weights, x, is_active, top_k)
+        y, masked_m = moe_layer(weights, x, is_active, top_k, implementation)
         following = (x + y).astype(jnp.float32)
         following *= jax.lax.rsqrt(jnp.square(following).mean(axis=1, keepdims=True))
         return y, masked_m, following.astype(x.dtype)
@@ -159,13 +167,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--d-ff", type=int, default=512)
     parser.add_argument("--batch", type=int, default=16, help="sequences")
     parser.add_argument("--steps", type=int, default=8, help="of the longest sequence")
+    parser.add_argument("--implementation", choices=("mosaic", "xla"), help="of the experts' products")
     arguments = parser.parse_args(argv)
 
     keys = jax.random.split(jax.random.key(0), 2)
     weights = init_weights(arguments.experts, arguments.d_model, arguments.d_ff, keys[0])
     x = jax.random.normal(keys[1], (arguments.batch, arguments.d_model)).astype(jnp.bfloat16)
     lengths = np.linspace(1, arguments.steps, arguments.batch).round().astype(int)
-    steps, compilations = decode(weights, x, lengths, arguments.top_k)
+    steps, compilations = decode(weights, x, lengths, arguments.top_k, arguments.implementation)
     for i, step in enumerate(steps):
         print(f"step {i:3d}: {int(step['is_active'].sum()):4d} tokens, rows an expert: {step['masked_m'].tolist()}")
     error = largest_error(weights, steps, arguments.top_k)

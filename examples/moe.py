@@ -25,10 +25,13 @@ from lm.placement import make_mesh, parse_mesh
 from lm.training import Settings
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "demo": dict(steps=200, batch=8, seq=64, d_model=128, layers=2, heads=4, d_ff=128, experts=8, top_k=2, lr=3e-3),
+    "demo": dict(
+        steps=200, batch=8, seq=64, d_model=128, layers=2, heads=4, d_ff=128, experts=8, top_k=2, lr=3e-3,
+        implementation=None,
+    ),
     "mixtral": dict(
         steps=100, batch=4, seq=2048, d_model=4096, layers=1, heads=32, d_ff=14336, experts=8, top_k=2, lr=3e-4,
-        checkpoint_every=0,  # 18 GB each
+        implementation=None, checkpoint_every=0,  # 18 GB each
     ),
 }  # fmt: skip
 
@@ -40,6 +43,7 @@ class MixtureSettings(Settings):
     experts: int
     top_k: int
     balance_weight: float
+    implementation: str | None
 
 
 def make_model(settings: MixtureSettings, fp8: bool) -> MixtureTransformer:
@@ -49,6 +53,7 @@ def make_model(settings: MixtureSettings, fp8: bool) -> MixtureTransformer:
         num_experts=settings.experts,
         top_k=settings.top_k,
         balance_weight=settings.balance_weight,
+        implementation=settings.implementation,
     )
 
 
@@ -66,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add_flags(parser, PRESETS, out="runs/moe")
     parser.add_argument("--balance-weight", type=float, default=0.01, help="of the loss that balances the load")
+    parser.add_argument("--implementation", choices=("mosaic", "xla"), help="of the experts' FP8 products")
     arguments = parser.parse_args(argv)
     settings = make_settings(arguments, PRESETS, MixtureSettings)
     if not 1 <= settings.top_k <= settings.experts:

@@ -166,6 +166,14 @@ def test_training_heeds_the_balance_loss_and_may_leave_checkpoints_out(tmp_path)
         moe.main([*flags, "--top-k", "5"])
 
 
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="a GPU may have it")
+@pytest.mark.parametrize("example", [moe, decode_moe])
+def test_the_implementation_that_is_asked_for_is_taken(example, tmp_path):
+    flags = [*MIXTURE, "--only", "fp8", "--out", str(tmp_path)] if example is moe else []
+    with pytest.raises(NotImplementedError, match="mosaic"):
+        example.main([*flags, "--implementation", "mosaic"])
+
+
 def test_decoding_compiles_once_and_is_each_token_by_itself(capsys):
     sizes = "--experts 4 --d-model 40 --d-ff 24 --batch 6 --steps 4".split()
     result = decode_moe.main(sizes)

@@ -53,6 +53,7 @@ class MixtureOfExperts(nn.Module):
         balance_weight: Of the balancing loss.
         dtype: Dtype of the products' operands and results; parameters are float32.
         fp8: Whether experts multiply in FP8, or by `jax.lax.ragged_dot`.
+        implementation: Of the FP8 products.
     """
 
     num_experts: int
@@ -61,6 +62,7 @@ class MixtureOfExperts(nn.Module):
     balance_weight: float
     dtype: jnp.dtype
     fp8: bool
+    implementation: str | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -85,7 +87,7 @@ class MixtureOfExperts(nn.Module):
         init = nn.initializers.lecun_normal(batch_axis=0)
         weights = self.param(name, init, (self.num_experts, rows.shape[1], columns))
         if self.fp8:
-            return jaxgemm.grouped_fp8_dot(rows, weights, group_sizes)
+            return jaxgemm.grouped_fp8_dot(rows, weights, group_sizes, implementation=self.implementation)
         return jax.lax.ragged_dot(rows, weights.astype(self.dtype), group_sizes)
 
 
@@ -95,10 +97,18 @@ class MixtureTransformer(Transformer):
     num_experts: int
     top_k: int
     balance_weight: float
+    implementation: str | None = None
 
     def _feed_forward(self, x: jax.Array, name: str) -> jax.Array:
         tokens = nn.RMSNorm(dtype=self.dtype, name=f"{name}_norm")(x).reshape(-1, x.shape[-1])
         experts = MixtureOfExperts(
-            self.num_experts, self.top_k, self.d_ff, self.balance_weight, self.dtype, self.fp8, name=f"{name}_experts"
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+            d_ff=self.d_ff,
+            balance_weight=self.balance_weight,
+            dtype=self.dtype,
+            fp8=self.fp8,
+            implementation=self.implementation,
+            name=f"{name}_experts",
         )
         return experts(tokens).reshape(x.shape)
