@@ -107,7 +107,7 @@ def run_case(case: TrainCase, setup: Setup) -> list[Row]:
 
 
 def training_call(case: TrainCase, tokens: jax.Array, dot: Dot, mlp: Mlp | None = None) -> TrainingCall:
-    """Compiles a step whose blocks multiply with `dot` and `mlp`, as `transformer_block` does; makes its first state."""
+    """Compiles a step whose blocks multiply with `dot` and `mlp`, and makes its first state."""
     params = init_params(case)
     state = params, jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.zeros_like, params), jnp.int32(0)
     with jax.numpy_dtype_promotion("standard"):  # JAX's own attention does not pass under "strict"
