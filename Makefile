@@ -6,7 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format docs clean
 
 ## Train one small language model twice, in high precision and in FP8, and compare the losses (CPU).
 demo: $(VENV)/.examples-installed
@@ -27,8 +27,12 @@ format: $(VENV)/.dev-installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+## Build the documentation into site/; a broken link or an undocumented argument fails.
+docs: $(VENV)/.docs-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) .venv312 runs build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .venv312 runs site build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 $(VENV)/.made: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "jaxgemm needs Python 3.11 or newer")'
@@ -42,3 +46,7 @@ $(VENV)/.examples-installed: $(VENV)/.made
 $(VENV)/.dev-installed: $(VENV)/.made
 	$(PIP) --editable '.[dev]'
 	touch $@ $(VENV)/.examples-installed
+
+$(VENV)/.docs-installed: $(VENV)/.made
+	$(PIP) --editable '.[docs]'
+	touch $@

@@ -1,144 +1,87 @@
-"""A mixture of experts whose products are FP8: a router, `grouped_fp8_dot` and a loss that balances the load.
+"""Trains a small language model of experts twice, in high precision and in FP8, and compares the two.
 
-Each token goes to its `top_k` best experts. Rows are sorted by expert, so that one grouped product serves all
-of them, however many tokens each got: there is no capacity, and no token is dropped. The router stays in
-float32, as in the DeepSeek-V3 report, 3.3.1.
+Each feed-forward layer is a mixture of experts (`lm/mixture.py`): a router sends every token to its best `--top-k`
+experts, and `jaxgemm.grouped_fp8_dot` serves all experts with one product; the other run has `jax.lax.ragged_dot` in
+its place. A loss keeps the experts evenly busy. The text is the source code of the running Python's standard library,
+so there is nothing to download. Both runs start from the same parameters and see the same batches.
 
-    python examples/moe.py --steps 200
+    python examples/moe.py                    # about a minute on two CPU cores
+    python examples/moe.py --preset mixtral   # one layer of Mixtral 8x7B's size, 8192 tokens a step: for a GPU
+
+Prints the final losses, their relative gap and what share of the tokens each expert got, and leaves `loss.png` and
+`metrics.json` in --out. Without --resume, what an earlier run left in --out is replaced.
 """
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-import optax
+from lm.command import add_flags, compare, make_settings, transformer_fields
+from lm.mixture import MixtureTransformer
+from lm.placement import make_mesh, parse_mesh
+from lm.training import Settings
 
-import jaxgemm
+PRESETS: dict[str, dict[str, Any]] = {
+    "demo": dict(
+        steps=200, batch=8, seq=64, d_model=128, layers=2, heads=4, d_ff=128, experts=8, top_k=2, lr=3e-3,
+        implementation=None,
+    ),
+    "mixtral": dict(
+        steps=100, batch=4, seq=2048, d_model=4096, layers=1, heads=32, d_ff=14336, experts=8, top_k=2, lr=3e-4,
+        implementation=None, checkpoint_every=0,  # 18 GB each
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Sizes of the layer."""
+class MixtureSettings(Settings):
+    """Settings of a run, with those of its experts."""
 
-    num_experts: int = 8
-    top_k: int = 2
-    d_model: int = 64
-    d_ff: int = 128
-
-
-class Params(NamedTuple):
-    """Float32 parameters of the layer; `g` experts."""
-
-    router: jax.Array  # [d_model, g]
-    up: jax.Array  # [g, d_model, d_ff]
-    up_bias: jax.Array  # [g, d_ff]
-    down: jax.Array  # [g, d_ff, d_model]
+    experts: int
+    top_k: int
+    balance_weight: float
+    implementation: str | None
 
 
-class Routing(NamedTuple):
-    """Where the copies of each token go; `tokens * top_k` copies, sorted by expert."""
-
-    source: jax.Array  # [copies] token that each sorted row is a copy of
-    position: jax.Array  # [tokens, top_k] sorted row of each copy
-    weights: jax.Array  # [tokens, top_k] share of each expert in the token's output
-    group_sizes: jax.Array  # [g] rows of each expert
-    balance_loss: jax.Array  # [] about 1 if every expert gets the same, g if one gets all
-
-
-def init_params(sizes: Sizes, key: jax.Array) -> Params:
-    """Draws parameters."""
-    keys = jax.random.split(key, 3)
-    normal = jax.nn.initializers.lecun_normal(batch_axis=0)
-    return Params(
-        router=jax.nn.initializers.lecun_normal()(keys[0], (sizes.d_model, sizes.num_experts)),
-        up=normal(keys[1], (sizes.num_experts, sizes.d_model, sizes.d_ff)),
-        up_bias=jnp.zeros((sizes.num_experts, sizes.d_ff)),
-        down=normal(keys[2], (sizes.num_experts, sizes.d_ff, sizes.d_model)),
+def make_model(settings: MixtureSettings, fp8: bool) -> MixtureTransformer:
+    """The model of these settings; float32 parameters, computing in `settings.dtype`."""
+    return MixtureTransformer(
+        **transformer_fields(settings, fp8),
+        num_experts=settings.experts,
+        top_k=settings.top_k,
+        balance_weight=settings.balance_weight,
+        implementation=settings.implementation,
     )
 
 
-def route(router: jax.Array, x: jax.Array, top_k: int) -> Routing:
-    """Chooses the experts of tokens `x` [tokens, d_model] and sorts the copies by expert."""
-    num_tokens, num_experts = x.shape[0], router.shape[1]
-    probabilities = jax.nn.softmax(x.astype(jnp.float32) @ router)
-    top, experts = jax.lax.top_k(probabilities, top_k)
-    weights = top / top.sum(axis=1, keepdims=True)
-
-    # Sort the copies by expert, and remember where each went.
-    order = jnp.argsort(experts.reshape(-1), stable=True)
-    position = jnp.zeros_like(order).at[order].set(jnp.arange(order.size))
-    group_sizes = jnp.bincount(experts.reshape(-1), length=num_experts)
-
-    # Load-balancing loss of the Switch Transformer (arXiv 2101.03961, 2.2), over all copies.
-    load = group_sizes / (num_tokens * top_k)
-    balance_loss = num_experts * jnp.sum(load * probabilities.mean(axis=0))
-    return Routing(order // top_k, position.reshape(num_tokens, top_k), weights, group_sizes, balance_loss)
+def print_loads(metrics: dict[str, Any]) -> None:
+    """Prints the share of the validation text's rows that each expert of each layer got."""
+    print("\nshare of the rows an expert got on the validation text, in %")
+    for name, run in metrics["runs"].items():
+        for layer, sown in sorted(run["metrics"].items()):
+            print(f"{name:>5} {layer:24}" + " ".join(f"{100 * share:5.1f}" for share in sown["load"][0]))
 
 
-def moe_layer(params: Params, x: jax.Array, top_k: int) -> tuple[jax.Array, Routing]:
-    """Sends tokens `x` [tokens, d_model] through their experts; returns the like, and their routing."""
-    routing = route(params.router, x, top_k)
-    rows = x[routing.source]
-    hidden = jaxgemm.grouped_fp8_dot(rows, params.up, routing.group_sizes, params.up_bias, activation="silu")
-    outputs = jaxgemm.grouped_fp8_dot(hidden, params.down, routing.group_sizes)
-
-    # Put each token's copies side by side again, and add them up by their weights.
-    copies = outputs[routing.position].astype(jnp.float32)
-    return jnp.einsum("tkd,tk->td", copies, routing.weights).astype(x.dtype), routing
-
-
-def make_task(sizes: Sizes, num_tokens: int, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Tokens around as many centres as there are experts, each with a linear map of its own to learn."""
-    keys = jax.random.split(key, 4)
-    centres = jax.random.normal(keys[0], (sizes.num_experts, sizes.d_model))
-    maps = jax.random.normal(keys[1], (sizes.num_experts, sizes.d_model, sizes.d_model)) / sizes.d_model**0.5
-    kind = jax.random.randint(keys[2], (num_tokens,), 0, sizes.num_experts)
-    x = centres[kind] + 0.5 * jax.random.normal(keys[3], (num_tokens, sizes.d_model))
-    return x, jnp.einsum("td,tde->te", x, maps[kind])
-
-
-def train(sizes: Sizes, steps: int, num_tokens: int, seed: int) -> tuple[Params, list[float]]:
-    """Trains the layer on the task, and prints as it goes; returns the parameters and every step's loss."""
-    task_key, params_key = jax.random.split(jax.random.key(seed))
-    x, target = make_task(sizes, num_tokens, task_key)
-    params = init_params(sizes, params_key)
-    optimizer = optax.adam(3e-3)
-    optimizer_state = optimizer.init(params)
-
-    def loss_function(params: Params) -> tuple[jax.Array, tuple[jax.Array, Routing]]:
-        y, routing = moe_layer(params, x, sizes.top_k)
-        error = jnp.mean(jnp.square(y - target)) / jnp.mean(jnp.square(target))
-        return error + 0.01 * routing.balance_loss, (error, routing)
-
-    @jax.jit
-    def step_function(params, optimizer_state):
-        gradient, (error, routing) = jax.grad(loss_function, has_aux=True)(params)
-        updates, optimizer_state = optimizer.update(gradient, optimizer_state)
-        return optax.apply_updates(params, updates), optimizer_state, error, routing
-
-    errors = []
-    for step in range(steps):
-        params, optimizer_state, error, routing = step_function(params, optimizer_state)
-        errors.append(float(error))
-        if step % max(steps // 10, 1) == 0 or step == steps - 1:
-            sizes_text = " ".join(f"{size:4d}" for size in routing.group_sizes.tolist())
-            balance = float(routing.balance_loss)
-            print(f"step {step:4d}  error {errors[-1]:.4f}  balance {balance:.3f}  rows an expert: {sizes_text}")
-    return params, errors
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Reads the flags and trains."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--seed", type=int, default=0)
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Trains, prints, writes; returns what metrics.json has."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    add_flags(parser, PRESETS, out="runs/moe")
+    parser.add_argument("--balance-weight", type=float, default=0.01, help="of the loss that balances the load")
+    parser.add_argument("--implementation", choices=("mosaic", "xla"), help="of the experts' FP8 products")
     arguments = parser.parse_args(argv)
-    train(Sizes(), arguments.steps, arguments.tokens, arguments.seed)
+    settings = make_settings(arguments, PRESETS, MixtureSettings)
+    if not 1 <= settings.top_k <= settings.experts:
+        sys.exit(f"--top-k must be from 1 to --experts {settings.experts}, got {settings.top_k}")
+    metrics = compare(arguments, settings, make_model, make_mesh(parse_mesh("fsdp=1")))
+    print_loads(metrics)
+    return metrics
 
 
 if __name__ == "__main__":
+    # A message of the C++ runtime in the middle of a progress bar helps nobody.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     main()

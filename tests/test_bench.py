@@ -9,7 +9,7 @@ import pytest
 from bench_support import SteadyTimer, sample_report
 
 import jaxgemm
-from jaxgemm.bench import accuracy, grouped, peers, quantize, report, roofline, suites, torch_peers
+from jaxgemm.bench import accuracy, grouped, hlo, moe, peers, quantize, report, roofline, suites, torch_peers
 from jaxgemm.bench.measure import Call, Timing, Unavailable, fitting_iterations, measure_together
 from jaxgemm.bench.rows import Setup
 
@@ -28,6 +28,8 @@ def test_suites_hold_the_shapes_they_name():
     assert ratios["wgrad 4096x4096x7168"] == pytest.approx(202.2 / 258.2, abs=1e-3)
     assert sum(ratio is not None for ratio in ratios.values()) == 8 + 5 + 4 + 21
     assert suites.gemm_cases("llama") and suites.gemm_cases("deepseek-v3")
+    mixtral = [case.name for case in suites.gemm_cases("mixtral")]
+    assert "large 2048x28672x4096" in mixtral and "small 16x4096x14336" in mixtral and len(mixtral) == 4 + 12
 
 
 def test_suite_of_a_file(tmp_path):
@@ -52,9 +54,13 @@ def test_small_products_are_cold_and_large_ones_warm():
 
 def test_groups_have_the_sizes_they_say():
     known = suites.deepgemm_figures()["rates"]
-    cases = grouped.grouped_cases()
+    *cases, layer = grouped.grouped_cases()
     assert set(known) == {case.name for case in cases if case.spread == "random"}
-    for case in cases:
+    *mixtral, same_layer = grouped.grouped_cases("mixtral")
+    assert layer == same_layer == moe.MoeCase(8192, 8, 2, 4096, 14336)
+    assert {case.kind for case in mixtral} == {"masked", "contiguous", "k-grouped"}
+    assert {case.groups for case in mixtral} == {8}
+    for case in [*cases, *mixtral]:
         assert case.sizes.shape == (case.groups,)
         if case.spread == "random":
             assert case.sizes.min() >= int(0.7 * case.rows) and case.sizes.max() <= 1.3 * case.rows
@@ -227,3 +233,39 @@ def test_roofline_is_drawn(tmp_path):
     for command in ("gemm", "quantize"):
         roofline.plot(sample_report(command=command), tmp_path / f"{command}.png")
         assert (tmp_path / f"{command}.png").stat().st_size > 1000
+
+
+# Compiled programs
+
+
+HLO = """
+%fused_computation (p.1: bf16[8,16]) -> bf16[8,24] {
+  %p.1 = bf16[8,16]{1,0} parameter(0)
+  %p.2 = bf16[24,16]{1,0} parameter(1)
+  ROOT %inside.3 = bf16[8,24]{1,0} dot(%p.1, %p.2), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+}
+
+ENTRY %main (a: f8e4m3fn[8,128]) -> bf16[8,16] {
+  %hidden.4 = bf16[8,24]{1,0} fusion(%a, %b), kind=kCustom, calls=%fused_computation
+  %down.5 = bf16[24,16]{1,0} copy(%c)
+  %contracted.6 = (bf16[8,16]{1,0}, s8[1024]{0}) custom-call(%hidden.4, %down.5), custom_call_target="__cublas$gemm"
+  %kernel.7 = (bf16[8,24]{1,0}) custom-call(%a, %b), custom_call_target="mosaic_gpu_v2"
+  %fp8.8 = (bf16[8,24]{1,0}, s8[8]{0}) custom-call(%a, %b), custom_call_target="__cublas$lt$matmul$f8"
+  %attention.9 = bf16[8,8]{1,0} dot(%p.1, %p.1), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+  %copied.10 = bf16[8,24]{1,0} copy(%hidden.4)
+  ROOT %shown.11 = bf16[8,16]{1,0} dot(bf16[8,24]{1,0} %x, bf16[24,16]{1,0} %y), lhs_contracting_dims={1}
+}
+"""
+
+
+def test_products_beside_the_kernels_are_found_in_a_program():
+    assert hlo.plain_products(HLO, {24}) == ["inside.3", "contracted.6", "shown.11"]
+    assert hlo.plain_products(HLO, {16}) == ["inside.3", "contracted.6", "attention.9", "shown.11"]
+    assert hlo.plain_products(HLO, {48}) == hlo.plain_products(HLO, set()) == []
+
+
+def test_products_of_a_real_program_are_found():
+    x, w = jnp.ones((4, 6), jnp.bfloat16), jnp.ones((6, 10), jnp.bfloat16)
+    gradient = jax.jit(jax.grad(lambda w: jnp.sin(x @ w).sum().astype(jnp.float32)))
+    program = gradient.lower(w).compile().as_text()
+    assert len(hlo.plain_products(program, {10})) == 2 and hlo.plain_products(program, {7}) == []

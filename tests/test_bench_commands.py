@@ -3,12 +3,13 @@
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import pytest
 from bench_support import SteadyTimer, bench, sample_report
 
-from jaxgemm.bench import block, dense, grouped, quantize, readme, report
+from jaxgemm.bench import block, dense, grouped, moe, quantize, readme, report, train
 from jaxgemm.bench.measure import Call
 from jaxgemm.bench.rows import Setup
 
@@ -26,7 +27,8 @@ def tiny_cases(monkeypatch):
         grouped.GroupedCase("contiguous", 3, 12, 20, 140),
         grouped.GroupedCase("k-grouped", 2, 100, 20, m=12),
     ]
-    monkeypatch.setattr(grouped, "grouped_cases", lambda: cases)
+    cases.append(moe.MoeCase(tokens=10, experts=3, top_k=2, width=40, hidden=24))
+    monkeypatch.setattr(grouped, "grouped_cases", lambda suite="deepgemm": cases)
 
 
 # Refusal
@@ -46,8 +48,9 @@ def test_without_a_gpu_it_says_so_in_one_line():
     "arguments, message",
     [
         (["gemm", "--m", "1"], "--m, --n and --k go together"),
-        (["gemm", "--suite", "nowhere.json"], "must be deepgemm, llama, deepseek-v3 or a JSON file"),
+        (["gemm", "--suite", "nowhere.json"], "must be deepgemm, llama, mixtral, deepseek-v3 or a JSON file"),
         (["gemm", "--only", "nothing like it"], "no case matches"),
+        (["train", "--width", "30", "--heads", "4"], "--width must be a multiple of --heads"),
         (["gemm", "--vs", "xla-bf16,other"], "got other"),
         (["gemm", "--m", "1", "--n", "1", "--k", "1", "--compare", "nowhere.json"], "holds no report"),
         (["readme", "--file", str(ROOT / "README.md"), "--results", "nowhere"], "gemm-h200.json holds no report"),
@@ -102,17 +105,76 @@ def test_dense(tiny_cases, tmp_path):
         assert set(row["times"]) == {"jaxgemm", "jaxgemm, products alone", "xla-bf16"}
 
 
-def test_grouped(tiny_cases, tmp_path):
+@pytest.fixture
+def fake_tokamax(monkeypatch):
+    """A module of that name, whose product is JAX's own; what it was asked for is in `asked`."""
+    fake = types.ModuleType("tokamax")
+    fake.asked = set()
+
+    def ragged_dot(lhs, rhs, group_sizes, *, implementation):
+        fake.asked.add(implementation)
+        return jax.lax.ragged_dot(lhs, rhs, group_sizes)
+
+    fake.ragged_dot = ragged_dot
+    monkeypatch.setitem(sys.modules, "tokamax", fake)
+    return fake
+
+
+def test_grouped(tiny_cases, fake_tokamax, tmp_path):
     assert bench("grouped", "--json", str(tmp_path / "a.json")) == 0
-    rows = report.read(tmp_path / "a.json")["rows"]
+    *rows, layer = report.read(tmp_path / "a.json")["rows"]
     assert [row["group"] for row in rows] == ["masked", "contiguous", "k-grouped"]
-    for row, case in zip(rows, grouped.grouped_cases(), strict=True):
-        assert row["checks"]["difference"] < 1e-5 and set(row["times"]) == {"jaxgemm", "xla-bf16"}
+    for row, case in zip(rows, grouped.grouped_cases()[:3], strict=True):
+        assert row["checks"]["difference"] < 1e-5 and {"jaxgemm", "xla-bf16"} <= set(row["times"])
         assert row["flops"] == 2 * int(case.sizes.sum()) * 20 * (12 if case.kind == "k-grouped" else 140)
+        assert ("tokamax" in row["times"]) == (case.kind == "contiguous") == ("tokamax" not in row["missing"])
+    assert set(layer["times"]) == {"jaxgemm", "xla-bf16", "tokamax"} and layer["group"] == "layer"
+    assert layer["flops"] == 3 * 2 * 10 * 2 * 3 * 40 * 24
+    assert 1e-6 < layer["checks"]["largest difference from bf16"] < 1e-2
+    assert fake_tokamax.asked == {("mosaic", "triton")}  # never its plain XLA product
+
+
+def test_tokamax_is_missing_with_its_own_words(tiny_cases, fake_tokamax, tmp_path, monkeypatch):
+    command = ["grouped", "--only", "contiguous", "--vs", "tokamax", "--json", str(tmp_path / "a.json")]
+
+    def refuses(lhs, rhs, group_sizes, *, implementation):
+        raise NotImplementedError("not on this chip")
+
+    fake_tokamax.ragged_dot = refuses
+    for reason in ("NotImplementedError: not on this chip", "tokamax cannot be imported"):
+        assert bench(*command) == 0
+        (row,) = report.read(tmp_path / "a.json")["rows"]
+        assert reason in row["missing"]["tokamax"] and set(row["times"]) == {"jaxgemm"}
+        monkeypatch.setitem(sys.modules, "tokamax", None)
+
+
+TINY_MODEL = "--batch 2 --length 8 --width 32 --hidden 24 --heads 4 --kv-heads 2 --layers 2 --vocabulary 50 --attention xla".split()
+
+
+def test_train(tmp_path):
+    assert bench("train", *TINY_MODEL, "--json", str(tmp_path / "a.json")) == 0
+    (row,) = report.read(tmp_path / "a.json")["rows"]
+    assert set(row["times"]) == {"jaxgemm", "xla-bf16"}
+    checks = row["checks"]
+    assert checks["tokens/s"] == checks["xla-bf16 tokens/s"] == 16 * 10**4  # 16 tokens in 100 us
+    assert 0 < abs(checks["first loss, from bf16"]) < 0.02
+    assert checks["MiB"] > 3 * 4 * (2 * 50 * 32 + 2 * (32 * 64 + 32 * 32 + 32 * 48 + 24 * 32)) / 2**20 - 0.05
+    # Plain JAX multiplies in float32: forward, data and weight gradient of two products in each of two blocks.
+    if jax.default_backend() != "gpu":
+        assert checks["MLP products that are not FP8"] == 12
+    assert row["flops"] == 6 * 16 * (2 * (32 * 64 + 32 * 32 + 32 * 48 + 24 * 32) + 32 * 50)
+
+
+def test_training_calls_train():
+    case = train.TrainCase(2, 8, 32, 24, 4, 2, 1, 50, "xla")
+    tokens = jax.random.randint(jax.random.key(0), (2, 9), 0, 50)
+    call = train.training_call(case, tokens, train.bf16_dot)
+    losses = [float(call()) for _ in range(20)]
+    assert losses[0] == pytest.approx(4, abs=0.6) and losses[-1] < losses[0] - 0.05
 
 
 def test_the_oracle_of_groups_sees_a_wrong_group(tiny_cases):
-    for case in grouped.grouped_cases():
+    for case in grouped.grouped_cases()[:3]:
         prepare = {"masked": grouped._masked, "contiguous": grouped._contiguous, "k-grouped": grouped._k_grouped}
         calls, _, _ = prepare[case.kind](case, Setup(SteadyTimer()))
         call = calls["jaxgemm"]

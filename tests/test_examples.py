@@ -1,4 +1,5 @@
-"""The examples: the language model resumes to the same bits after a kill, README shows what is printed."""
+"""The examples: language models resume to the same bits after a kill, experts get their tokens, README shows what is
+printed."""
 
 import json
 import re
@@ -13,12 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxgemm
+
 for module in ("flax", "optax", "orbax.checkpoint", "matplotlib", "tqdm"):
     pytest.importorskip(module)
 
+import decode_moe  # noqa: E402
 import moe  # noqa: E402
 import train_lm  # noqa: E402
-from lm import text  # noqa: E402
+from lm import mixture, text  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 TINY = "--d-model 32 --layers 1 --heads 2 --d-ff 48 --seq 16 --batch 2 --checkpoint-every 20".split()
@@ -105,24 +109,115 @@ def test_quickstart_prints_what_readme_shows():
     assert result.stdout == shown_output
 
 
-def test_moe_layer_is_the_weighted_sum_of_each_tokens_experts():
-    sizes = moe.Sizes(num_experts=4, top_k=2, d_model=32, d_ff=48)
-    params = moe.init_params(sizes, jax.random.key(0))
-    params = params._replace(up_bias=jax.random.normal(jax.random.key(2), params.up_bias.shape))
-    x = jax.random.normal(jax.random.key(1), (21, 32))
-    y, routing = moe.moe_layer(params, x, sizes.top_k)
+# Mixtures of experts
 
-    probabilities = jax.nn.softmax(x @ params.router)
+
+@pytest.mark.parametrize("fp8, bound", [(False, 1e-5), (True, 0.08)])
+def test_moe_layer_is_the_weighted_sum_of_each_tokens_experts(fp8, bound):
+    layer = mixture.MixtureOfExperts(4, 2, d_ff=48, balance_weight=0.5, dtype=jnp.float32, fp8=fp8)
+    x = jax.random.normal(jax.random.key(1), (21, 32))
+    params = layer.init(jax.random.key(0), x)["params"]
+    y, sown = layer.apply({"params": params}, x, mutable=["losses", "metrics"])
+
+    probabilities = jax.nn.softmax(x @ params["router"]["kernel"])
     top, experts = jax.lax.top_k(probabilities, 2)
-    hidden = jax.nn.silu(jnp.einsum("td,gdf->tgf", x, params.up) + params.up_bias)
-    every_expert = jnp.einsum("tgf,gfd->tgd", hidden, params.down)
+    gate, up = jnp.split(jnp.einsum("td,gdf->tgf", x, params["gate_up"]), 2, axis=-1)
+    every_expert = jnp.einsum("tgf,gfd->tgd", jax.nn.silu(gate) * up, params["down"])
     chosen = jnp.take_along_axis(every_expert, experts[..., None], axis=1)
     expected = jnp.einsum("tkd,tk->td", chosen, top / top.sum(axis=1, keepdims=True))
-    assert np.linalg.norm(y - expected) / np.linalg.norm(expected) < 0.08
-    assert routing.group_sizes.tolist() == np.bincount(np.ravel(experts), minlength=4).tolist()
+    error = np.linalg.norm(y - expected) / np.linalg.norm(expected)
+    assert error < bound and (error > 1e-3) == fp8
+    counts = np.bincount(np.ravel(experts), minlength=4)
+    np.testing.assert_allclose(sown["metrics"]["load"][0], counts / 42, rtol=1e-6)
+    balance = 0.5 * 4 * np.sum(counts / 42 * np.asarray(probabilities).mean(0))
+    assert float(sown["losses"]["balance"][0]) == pytest.approx(balance, rel=1e-5)
 
 
-def test_moe_learns(capsys):
-    _, errors = moe.train(moe.Sizes(num_experts=4, d_model=32, d_ff=32), steps=60, num_tokens=128, seed=0)
-    assert errors[-1] < 0.5 * errors[0]
-    assert capsys.readouterr().out.startswith("step    0  error")
+def test_balance_loss_tells_even_from_collapsed_routing():
+    even = 20 * jnp.tile(jnp.eye(4), (6, 1))
+    assert float(mixture.route(even, 1).balance_loss) == pytest.approx(1, abs=1e-3)
+    collapsed = mixture.route(even[:1].repeat(24, axis=0), 1)
+    assert float(collapsed.balance_loss) == pytest.approx(4, abs=1e-3)
+    assert collapsed.group_sizes.tolist() == [24, 0, 0, 0]
+
+
+MIXTURE = [*TINY, "--experts", "4", "--top-k", "2"]
+
+
+def test_moe_learns_in_fp8_as_with_ragged_dot(tmp_path, capsys):
+    metrics = moe.main([*MIXTURE, "--steps", "40", "--lr", "1e-2", "--out", str(tmp_path)])
+    f32, fp8 = metrics["runs"]["f32"], metrics["runs"]["fp8"]
+    assert f32["train_losses"][0] == pytest.approx(fp8["train_losses"][0], rel=1e-2)
+    assert f32["train_losses"] != fp8["train_losses"]
+    assert f32["validation_loss"] < f32["train_losses"][0] - 1
+    assert abs(metrics["relative_gap"]["validation_loss"]) < 0.05
+    (load,) = fp8["metrics"]["feed_forward_0_experts"]["load"]
+    assert len(load) == 4 and sum(load) == pytest.approx(1, rel=1e-5)
+    assert "  fp8 feed_forward_0_experts" in capsys.readouterr().out
+
+
+def test_training_heeds_the_balance_loss_and_may_leave_checkpoints_out(tmp_path):
+    flags = [*MIXTURE, "--steps", "2", "--only", "f32", "--out", str(tmp_path), "--checkpoint-every", "0"]
+    without, with_loss = (moe.main([*flags, "--balance-weight", w])["runs"]["f32"] for w in ("0", "1"))
+    assert without["train_losses"][0] == with_loss["train_losses"][0]
+    assert without["parameters_sha256"] != with_loss["parameters_sha256"]
+    assert not any((tmp_path / "checkpoints_f32").iterdir())
+    with pytest.raises(SystemExit, match="--top-k must be from 1 to --experts 4, got 5"):
+        moe.main([*flags, "--top-k", "5"])
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="a GPU may have it")
+@pytest.mark.parametrize("example", [moe, decode_moe])
+def test_the_implementation_that_is_asked_for_is_taken(example, tmp_path):
+    flags = [*MIXTURE, "--only", "fp8", "--out", str(tmp_path)] if example is moe else []
+    with pytest.raises(NotImplementedError, match="mosaic"):
+        example.main([*flags, "--implementation", "mosaic"])
+
+
+def test_decoding_compiles_once_and_is_each_token_by_itself(capsys):
+    sizes = "--experts 4 --d-model 40 --d-ff 24 --batch 6 --steps 4".split()
+    result = decode_moe.main(sizes)
+    assert result["compilations"] == 0
+    assert result["error"] < 1e-2
+    counts = [step["masked_m"].tolist() for step in result["steps"]]
+    assert [sum(count) for count in counts] == [2 * int(step["is_active"].sum()) for step in result["steps"]]
+    assert len({tuple(count) for count in counts}) == 4
+    assert "compilations after the first step: 0" in capsys.readouterr().out
+
+
+def test_the_check_of_decoding_sees_a_wrong_row():
+    weights = decode_moe.init_weights(3, 40, 24, jax.random.key(0))
+    x = jax.random.normal(jax.random.key(1), (5, 40)).astype(jnp.bfloat16)
+    steps, _ = decode_moe.decode(weights, x, np.full(5, 1), top_k=1)
+    assert decode_moe.largest_error(weights, steps, 1) < 1e-2
+    steps[0]["y"] = steps[0]["y"].at[4].set(0)
+    assert decode_moe.largest_error(weights, steps, 1) > 0.1
+
+
+# Published checkpoints
+
+
+def test_a_checkpoint_in_deepseeks_format_is_used_as_it_is(tmp_path, capsys):
+    pytest.importorskip("safetensors")
+    import load_deepseek
+
+    errors = load_deepseek.main("--d-model 140 --d-ff 200 --experts 3".split())
+    assert set(errors) == {"dense layer", "experts"} and all(0.01 < error < 0.09 for error in errors.values())
+
+    original = load_deepseek.write_checkpoint(tmp_path, 140, 200, 2)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+    weights = load_deepseek.load_weights(tmp_path)
+    assert set(weights) == {*original, "model.norm.weight"}
+    name = "model.layers.1.mlp.experts.1.down_proj.weight"
+    quantized = jaxgemm.quantize(original[name], (128, 128))
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), weights[name], quantized))
+    stacked = load_deepseek.stack_experts(weights, "model.layers.1")
+    assert stacked["gate_proj"].shape == (2, 200, 140)
+    assert bool((stacked["down_proj"].values[1] == quantized.values).all())
+
+    load_deepseek.main(["--from", str(tmp_path)])
+    assert "model.norm.weight: bfloat16[140]" in capsys.readouterr().out
+    config = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config.replace("e4m3", "ue8m0"))
+    with pytest.raises(ValueError, match="fmt e4m3, got"):
+        load_deepseek.load_weights(tmp_path)

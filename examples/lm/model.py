@@ -79,8 +79,13 @@ def rotate(x: jax.Array) -> jax.Array:
     return jnp.concatenate([left * cos - right * sin, left * sin + right * cos], axis=-1).astype(x.dtype)
 
 
-def cross_entropy(model: Transformer, params: dict, windows: jax.Array) -> jax.Array:
-    """Mean negative log-likelihood, in nats, of each byte of uint8 `[batch, seq + 1]` given those before."""
-    logits: Any = model.apply({"params": params}, windows[:, :-1])
+def cross_entropy(model: nn.Module, params: Any, windows: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+    """Mean negative log-likelihood, in nats, of each byte of uint8 `[batch, seq + 1]` given those before.
+
+    Returns:
+        The loss, and what layers sowed: "losses" that training adds to it, and "metrics" that are only watched.
+    """
+    logits: Any
+    logits, sown = model.apply({"params": params}, windows[:, :-1], mutable=["losses", "metrics"])
     targets = windows[:, 1:].astype(jnp.int32)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean(), dict(sown)

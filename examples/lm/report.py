@@ -51,6 +51,7 @@ def _run_metrics(settings: Settings, run: Run) -> dict[str, Any]:
         "parameters_sha256": run.parameters_sha256,
         "train_losses": run.history.train,
         "validation_losses": run.history.validation,
+        "metrics": run.history.metrics,
     }
 
 

@@ -9,7 +9,7 @@ import hashlib
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,11 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+from flax import linen as nn
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from lm.model import Transformer, cross_entropy
+from lm.model import cross_entropy
 from lm.placement import gather, replicate, split_batch, state_shardings
 from lm.text import Text, even_windows, random_windows
 
@@ -59,11 +60,13 @@ class State(NamedTuple):
 
 @dataclass
 class History:
-    """What a run saw: a training loss for every step, `(step, loss)` pairs of validation, and times."""
+    """What a run saw: a training loss for every step, `(step, loss)` pairs of validation, times, and the metrics that
+    layers sowed in the last validation, means over it."""
 
     train: list[float] = field(default_factory=list)
     validation: list[tuple[int, float]] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
+    metrics: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -79,19 +82,6 @@ class Run:
     device_peak_bytes: int | None
 
 
-def make_model(settings: Settings, fp8: bool) -> Transformer:
-    """The model of these settings; float32 parameters, computing in `settings.dtype`."""
-    return Transformer(
-        num_layers=settings.layers,
-        num_heads=settings.heads,
-        d_model=settings.d_model,
-        d_ff=settings.d_ff,
-        dtype=jnp.dtype(settings.dtype),
-        attention=settings.attention,
-        fp8=fp8,
-    )
-
-
 def make_optimizer(settings: Settings) -> optax.GradientTransformation:
     """AdamW under a linear warm-up and a cosine decay to a tenth, with the gradient's norm clipped at 1."""
     warmup = min(max(settings.steps // 10, 1), 500)
@@ -102,23 +92,30 @@ def make_optimizer(settings: Settings) -> optax.GradientTransformation:
 
 
 def train(
-    name: str, settings: Settings, texts: tuple[Text, Text], directory: Path, mesh: Mesh, *, fp8: bool, resume: bool
+    name: str,
+    settings: Settings,
+    model: nn.Module,
+    texts: tuple[Text, Text],
+    directory: Path,
+    mesh: Mesh,
+    *,
+    resume: bool,
 ) -> Run:
     """Trains one model from the seed, or from its last checkpoint, to the last step.
 
     Args:
         name: Shown beside the progress bar.
         settings: Sizes and seed.
+        model: Logits of the next byte, uint8 `[batch, seq]` to float32 `[batch, seq, 256]`.
         texts: Train and validation text.
         directory: Where the checkpoints are. Without `resume`, those of an earlier run are removed.
         mesh: The devices. A run may go on with another mesh than it began with, to the same losses up to rounding.
-        fp8: Whether the linear layers multiply in FP8.
         resume: Whether to go on from the last checkpoint, if there is one.
 
     Returns:
         The history from the first step on, also of the part before a kill.
     """
-    model, optimizer = make_model(settings, fp8), make_optimizer(settings)
+    optimizer = make_optimizer(settings)
     train_data, validation_data = (replicate(mesh, text.data) for text in texts)
     state = _initial_state(model, optimizer, settings, mesh)
 
@@ -127,11 +124,11 @@ def train(
     compile_seconds = time.perf_counter() - started
 
     @jax.jit
-    def evaluate(params: Any, data: jax.Array) -> jax.Array:
+    def evaluate(params: Any, data: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
         windows = even_windows(data, EVALUATION_BATCHES * settings.batch, settings.seq)
         batches = windows.reshape(EVALUATION_BATCHES, settings.batch, settings.seq + 1)
-        losses = jax.lax.map(lambda batch: cross_entropy(model, params, split_batch(mesh, batch)), batches)
-        return losses.mean()
+        loss, sown = jax.lax.map(lambda batch: cross_entropy(model, params, split_batch(mesh, batch)), batches)
+        return loss.mean(), jax.tree.map(lambda x: x.mean(axis=0), sown.get("metrics", {}))
 
     if not resume:
         _remove(directory)
@@ -152,9 +149,7 @@ def train(
     )
 
 
-def _initial_state(
-    model: Transformer, optimizer: optax.GradientTransformation, settings: Settings, mesh: Mesh
-) -> State:
+def _initial_state(model: nn.Module, optimizer: optax.GradientTransformation, settings: Settings, mesh: Mesh) -> State:
     """Makes each device's part of the state where it belongs; the numbers do not depend on the mesh."""
 
     def initial_state() -> State:
@@ -167,7 +162,7 @@ def _initial_state(
 
 
 def _compile_step(
-    model: Transformer,
+    model: nn.Module,
     optimizer: optax.GradientTransformation,
     settings: Settings,
     mesh: Mesh,
@@ -179,8 +174,12 @@ def _compile_step(
     def step_function(state: State, data: jax.Array, step: jax.Array) -> tuple[State, jax.Array]:
         key = jax.random.fold_in(jax.random.key(settings.seed + 1), step)
         windows = split_batch(mesh, random_windows(data, key, settings.batch, settings.seq))
-        loss_and_gradient = jax.value_and_grad(lambda params: cross_entropy(model, params, windows))
-        loss, gradient = loss_and_gradient(state.params)
+
+        def objective(params: Any) -> tuple[jax.Array, jax.Array]:
+            loss, sown = cross_entropy(model, params, windows)
+            return sum(jax.tree.leaves(sown.get("losses", {})), start=loss), loss
+
+        gradient, loss = jax.grad(objective, has_aux=True)(state.params)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
         return State(optax.apply_updates(state.params, updates), optimizer_state), loss
 
@@ -193,7 +192,7 @@ def _run_steps(
     name: str,
     settings: Settings,
     step_function: Callable[..., tuple[State, jax.Array]],
-    evaluate: Callable[[Any], jax.Array],
+    evaluate: Callable[[Any], tuple[jax.Array, dict[str, Any]]],
     data: jax.Array,
     state: State,
     history: History,
@@ -213,7 +212,7 @@ def _run_steps(
         done = step + 1
         last = done == settings.steps
         is_evaluation = done % settings.evaluate_every == 0 or last
-        is_checkpoint = done % settings.checkpoint_every == 0 or last
+        is_checkpoint = settings.checkpoint_every > 0 and (done % settings.checkpoint_every == 0 or last)
         if not (is_evaluation or is_checkpoint or len(pending) == SYNC_EVERY):
             continue
 
@@ -224,7 +223,9 @@ def _run_steps(
         progress.set_postfix(loss=f"{history.train[-1]:.3f}", refresh=False)
         pending.clear()
         if is_evaluation:
-            history.validation.append((done, float(evaluate(state.params))))
+            validation_loss, metrics = evaluate(state.params)
+            history.validation.append((done, float(validation_loss)))
+            history.metrics = jax.tree.map(lambda x: np.asarray(x).tolist(), metrics)
         if is_checkpoint:
             _save(manager, done, state, history)
         started = time.perf_counter()
@@ -246,8 +247,7 @@ def _checkpoint_manager(directory: Path) -> ocp.CheckpointManager:
 
 def _save(manager: ocp.CheckpointManager, step: int, state: State, history: History) -> None:
     """Writes state and history as one checkpoint; a kill halfway leaves the one before it."""
-    seen = {"train": history.train, "validation": history.validation, "step_seconds": history.step_seconds}
-    items = ocp.args.Composite(state=ocp.args.StandardSave(state), history=ocp.args.JsonSave(seen))
+    items = ocp.args.Composite(state=ocp.args.StandardSave(state), history=ocp.args.JsonSave(asdict(history)))
     manager.save(step, args=items)
 
 
@@ -260,7 +260,7 @@ def _restore(manager: ocp.CheckpointManager, state: State) -> tuple[State, Histo
     restored = manager.restore(step, args=items)
     seen = restored["history"]
     validation = [(int(step), float(loss)) for step, loss in seen["validation"]]
-    return restored["state"], History(list(seen["train"]), validation, list(seen["step_seconds"]))
+    return restored["state"], History(list(seen["train"]), validation, list(seen["step_seconds"]), seen["metrics"])
 
 
 def _program_bytes(compiled: Any) -> int:

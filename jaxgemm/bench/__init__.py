@@ -4,7 +4,8 @@
     python -m jaxgemm.bench gemm --m 1,4096 --n 7168 --k 2048 --vs xla-bf16,xla-fp8
     python -m jaxgemm.bench quantize
     python -m jaxgemm.bench dense
-    python -m jaxgemm.bench grouped --only 'masked .*'
+    python -m jaxgemm.bench grouped --suite mixtral --only 'masked .*'
+    python -m jaxgemm.bench train --layers 4 --batch 2    a language model's training steps, tokens a second, memory
     python -m jaxgemm.bench gemm --compare old.json       exits 1 if anything is more than 5 % slower than it was
     python -m jaxgemm.bench tune --suite llama            finds the fastest tiles and stores them (docs/tuning.md)
     python -m jaxgemm.bench export-rows --table FILE      merges stored tiles into a table that can be shipped

@@ -1,6 +1,7 @@
 """The command line: `python -m jaxgemm.bench --help`."""
 
 import argparse
+import dataclasses
 import os
 import pathlib
 import re
@@ -11,7 +12,7 @@ from typing import Any
 
 import jax
 
-from jaxgemm.bench import dense, gemm, grouped, quantize, readme, report, roofline, suites, torch_peers, tune
+from jaxgemm.bench import dense, gemm, grouped, quantize, readme, report, roofline, suites, torch_peers, train, tune
 from jaxgemm.bench.measure import COPY_BYTES, CuptiTimer, Timer, copy_bandwidth
 from jaxgemm.bench.progress import progress
 from jaxgemm.bench.rows import OWN, Setup, collect
@@ -20,11 +21,14 @@ from jaxgemm.problem import IMPLEMENTATIONS
 REFUSED = 2
 FAILED = 1
 
+TRAIN_SIZES = tuple(field.name for field in dataclasses.fields(train.TrainCase) if field.type is int)
+
 COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "gemm": (gemm, "products of FP8 operands, dense and weight gradient"),
     "quantize": (quantize, "from floats to FP8, in bytes a second"),
     "dense": (dense, "linear layers forward and backward, quantising included"),
-    "grouped": (grouped, "products of groups: masked, contiguous, k-grouped"),
+    "grouped": (grouped, "products of groups: masked, contiguous, k-grouped, and a layer of experts"),
+    "train": (train, "training steps of a language model"),
 }
 
 
@@ -121,13 +125,26 @@ def selected_cases(options: argparse.Namespace) -> list[Any]:
         makers: dict[str, Callable[[], list[Any]]] = {
             "quantize": quantize.quantize_cases,
             "dense": dense.dense_cases,
-            "grouped": grouped.grouped_cases,
+            "grouped": lambda: list(grouped.grouped_cases(options.suite)),
+            "train": lambda: [train_case(options)],
         }
         cases = makers[options.command]()
     chosen = [case for case in cases if re.search(options.only, case.name)]
     if not chosen:
         raise ValueError(f"no case matches --only {options.only!r}; there are: {', '.join(c.name for c in cases[:20])}")
     return chosen
+
+
+def train_case(options: argparse.Namespace) -> train.TrainCase:
+    """Returns the model of the options; what they leave out is as `TrainCase` has it."""
+    given = {name: getattr(options, name) for name in TRAIN_SIZES if getattr(options, name) is not None}
+    case = train.TrainCase(**given, attention=options.attention)
+    if case.width % case.heads or case.heads % case.kv_heads:
+        raise ValueError(
+            f"--width must be a multiple of --heads, and --heads of --kv-heads, got {case.width}, {case.heads} and "
+            f"{case.kv_heads}"
+        )
+    return case
 
 
 def make_setup(options: argparse.Namespace, module: ModuleType, timer: Timer) -> Setup:
@@ -207,6 +224,10 @@ def make_parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--temperature", choices=("auto", "cold", "warm"), default="auto", help="auto: cold up to m = 128"
             )
+        elif name == "grouped":
+            command.add_argument("--suite", choices=grouped.SUITES, default=grouped.SUITES[0])
+        elif name == "train":
+            _add_train_options(command)
     _add_gemm_options(tune.add_commands(commands))
     tables = commands.add_parser("readme", help="write the tables of README from benchmarks/results")
     tables.add_argument("--check", action="store_true", help="change nothing; fail if README is out of date")
@@ -216,10 +237,18 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _add_gemm_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--suite", default="deepgemm", help="deepgemm, llama, deepseek-v3 or a JSON file of cases")
+    command.add_argument("--suite", default="deepgemm", help="deepgemm, llama, mixtral, deepseek-v3 or a JSON file")
     for size in "mnk":
         command.add_argument(f"--{size}", type=_sizes, help="in place of a suite: one size, or several by commas")
     command.add_argument("--kind", choices=("dense", "wgrad"), default="dense", help="of --m --n --k (default dense)")
+
+
+def _add_train_options(command: argparse.ArgumentParser) -> None:
+    defaults = train.TrainCase()
+    for size in TRAIN_SIZES:
+        flag = f"--{size.replace('_', '-')}"
+        command.add_argument(flag, type=_positive, help=f"default: {getattr(defaults, size)}")
+    command.add_argument("--attention", choices=("cudnn", "xla"), default=defaults.attention)
 
 
 def _positive(text: str) -> int:

@@ -78,13 +78,7 @@ def run_case(case: BlockCase, setup: Setup) -> list[Row]:
     }
     arguments = [x, weights, normal(9, *x.shape)]
 
-    def fp8_dot(x: jax.Array, w: jax.Array) -> jax.Array:
-        return jaxgemm.fp8_dot(x, w, implementation=setup.implementation)
-
-    def fp8_mlp(x: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
-        gate_up = gate_up.reshape(case.width, 2, case.hidden)
-        return jaxgemm.fp8_mlp(x, gate_up, down, implementation=setup.implementation)
-
+    fp8_dot, fp8_mlp = fp8_products(case, setup.implementation)
     with jax.numpy_dtype_promotion("standard"):  # JAX's own attention does not pass under "strict"
         own = Call.jitted(_training_step(case, fp8_dot, fp8_mlp), arguments)
         by_layer = Call.jitted(_training_step(case, fp8_dot), arguments)
@@ -102,17 +96,33 @@ def run_case(case: BlockCase, setup: Setup) -> list[Row]:
     return [row]
 
 
+def fp8_products(case: BlockCase, implementation: str | None) -> tuple[Dot, Mlp]:
+    """Returns a linear layer and the whole MLP of a block in FP8."""
+
+    def dot(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jaxgemm.fp8_dot(x, w, implementation=implementation)
+
+    def mlp(x: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
+        gate_up = gate_up.reshape(case.width, 2, case.hidden)
+        return jaxgemm.fp8_mlp(x, gate_up, down, implementation=implementation)
+
+    return dot, mlp
+
+
 def _training_step(case: BlockCase, dot: Dot, mlp: Mlp | None = None) -> Callable[..., Any]:
     def training_step(x: jax.Array, weights: dict[str, jax.Array], dout: jax.Array) -> Any:
-        out, pull_back = jax.vjp(lambda x, weights: _block(case, dot, x, weights, mlp), x, weights)
+        out, pull_back = jax.vjp(lambda x, weights: transformer_block(case, dot, x, weights, mlp), x, weights)
         return out, pull_back(dout)
 
     return training_step
 
 
-def _block(case: BlockCase, dot: Dot, x: jax.Array, weights: dict[str, jax.Array], mlp: Mlp | None = None) -> jax.Array:
-    x = x + dot(_attention(case, dot(_norm(x), weights["qkv"])), weights["out"])
-    return x + (mlp or functools.partial(_mlp, dot))(_norm(x), weights["gate_up"], weights["down"])
+def transformer_block(
+    case: BlockCase, dot: Dot, x: jax.Array, weights: dict[str, jax.Array], mlp: Mlp | None = None
+) -> jax.Array:
+    """Attention and MLP, each behind a norm and added to `x` [batch, length, width]; the MLP made of `dot` if None."""
+    x = x + dot(_attention(case, dot(rms_norm(x), weights["qkv"])), weights["out"])
+    return x + (mlp or functools.partial(_mlp, dot))(rms_norm(x), weights["gate_up"], weights["down"])
 
 
 def _mlp(dot: Dot, x: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
@@ -127,6 +137,7 @@ def _attention(case: BlockCase, qkv: jax.Array) -> jax.Array:
     return out.reshape(*qkv.shape[:-1], case.width)
 
 
-def _norm(x: jax.Array) -> jax.Array:
+def rms_norm(x: jax.Array) -> jax.Array:
+    """Divides by the root of the mean square of the last axis, in float32."""
     high = x.astype(jnp.float32)
     return (high * jax.lax.rsqrt((high * high).mean(-1, keepdims=True) + 1e-6)).astype(x.dtype)

@@ -8,13 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxgemm
-from jaxgemm.bench import accuracy
-from jaxgemm.bench.measure import Call
+from jaxgemm.bench import accuracy, moe, peers
+from jaxgemm.bench.measure import Call, Unavailable
 from jaxgemm.bench.rows import OWN, Row, Setup, normal, stored_bytes
 from jaxgemm.bench.suites import deepgemm_figures
 
-PEERS = ("xla-bf16",)
+PEERS = ("xla-bf16", "tokamax")
+SUITES = ("deepgemm", "mixtral")
 MOE_NK = ((6144, 7168), (7168, 3072), (4096, 4096), (4096, 2048))
+MIXTRAL_NK = ((28672, 4096), (4096, 14336))
+"""Gate and up together, then down."""
 K_GROUPED = (  # groups, m, n, the usual columns of a group
     (4, 4096, 7168, 8192),
     (4, 7168, 2048, 8192),
@@ -70,8 +73,13 @@ class GroupedCase:
         return np.random.default_rng(self.rows).integers(low, high + 1, self.groups).astype(np.int32)
 
 
-def grouped_cases() -> list[GroupedCase]:
-    """Returns the groups of DeepGEMM's tests: decoding (masked), prefilling and training (contiguous, k-grouped)."""
+def grouped_cases(suite: str = "deepgemm") -> list[GroupedCase | moe.MoeCase]:
+    """Returns the groups of DeepGEMM's tests or of Mixtral, and a whole layer.
+
+    Decoding has masked groups, prefilling and training have contiguous and k-grouped ones.
+    """
+    if suite == "mixtral":
+        return _mixtral_cases()
     masked = [(32, 192), (6, 1024), (32, 20), (6, 20)]
     contiguous = [(4, 8192), (8, 4096)]
     return [
@@ -79,20 +87,37 @@ def grouped_cases() -> list[GroupedCase]:
         *(GroupedCase("contiguous", *groups, *nk) for groups in contiguous for nk in MOE_NK),
         *(GroupedCase("contiguous", 8, 4096, 4096, 4096, spread=spread) for spread in ("even", "zipf")),
         *(GroupedCase("k-grouped", groups, rows, n, m=m) for groups, m, n, rows in K_GROUPED),
+        moe.MoeCase(),
     ]
 
 
-def run_case(case: GroupedCase, setup: Setup) -> list[Row]:
-    """Measures one product of groups beside XLA's, and checks it against the oracle."""
+def _mixtral_cases() -> list[GroupedCase | moe.MoeCase]:
+    """8192 tokens in training, 128 and 16 in decoding; each goes to two of eight experts."""
+    return [
+        *(GroupedCase("masked", 8, rows, *nk) for rows in (32, 4) for nk in MIXTRAL_NK),
+        *(GroupedCase("contiguous", 8, 2048, *nk, spread=s) for nk in MIXTRAL_NK for s in ("random", "even", "zipf")),
+        *(GroupedCase("k-grouped", 8, 2048, n, m=k) for n, k in MIXTRAL_NK),
+        moe.MoeCase(),
+    ]
+
+
+def run_case(case: GroupedCase | moe.MoeCase, setup: Setup) -> list[Row]:
+    """Measures one product of groups, or a layer, beside its peers, and checks it against the oracle."""
+    if isinstance(case, moe.MoeCase):
+        return moe.run_case(case, setup)
     prepare = {"masked": _masked, "contiguous": _contiguous, "k-grouped": _k_grouped}[case.kind]
     calls, moved, m = prepare(case, setup)
     rows = int(case.sizes.sum())
     flops = 2.0 * rows * case.n * (case.m if case.kind == "k-grouped" else case.k)
     problem = dict(group=case.kind, groups=case.groups, rows=rows, m=m, n=case.n, k=case.k or rows, cold=False)
-    own = calls[OWN]
+    own, reference = calls[OWN], calls["xla-bf16"]
     if "xla-bf16" not in setup.peers:
         calls = {OWN: own}
-    row = Row(case.name, problem, flops, moved).measured(setup, calls)
+    missing: dict[str, str] = {}
+    if "tokamax" in setup.peers:
+        made, missing = peers.prepare("tokamax", lambda: _tokamax(case, reference))
+        calls |= made
+    row = Row(case.name, problem, flops, moved).measured(setup, calls, missing)
     row.checks["difference"] = _difference(case, own)
     beside = deepgemm_figures()["rates"].get(case.name)
     if beside is not None:
@@ -157,6 +182,13 @@ def _k_grouped(case: GroupedCase, setup: Setup) -> tuple[dict[str, Call], float,
     scaled = [quantize(x, sizes, implementation="xla") for x in (lhs, rhs)]
     calls = {OWN: Call.jitted(product, [*scaled, sizes]), "xla-bf16": Call.jitted(ragged, [lhs, rhs, sizes])}
     return calls, stored_bytes(scaled) + 4.0 * case.groups * case.m * case.n, case.m
+
+
+def _tokamax(case: GroupedCase, reference: Call) -> Call:
+    """The same product by tokamax, on the operands of XLA's."""
+    if case.kind != "contiguous":
+        raise Unavailable("tokamax.ragged_dot multiplies contiguous groups alone")
+    return Call.jitted(peers.tokamax_dot(), *reference.argument_sets)
 
 
 def _quantize(x: jax.Array, block: tuple[int, int]) -> jaxgemm.ScaledArray:

@@ -183,6 +183,14 @@ def temporary_mib(call: Call) -> float:
     return round(call.function.memory_analysis().temp_size_in_bytes / 2**20, 1)  # type: ignore[attr-defined]
 
 
+def program_mib(call: Call) -> float:
+    """Returns the MiB that a compiled call needs at its peak: arguments, results that are not in their place, and all
+    it makes on the way."""
+    sizes = call.function.memory_analysis()  # type: ignore[attr-defined]
+    kept = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return round((kept + sizes.temp_size_in_bytes) / 2**20, 1)
+
+
 def fitting_iterations(call: Call, iterations: int) -> int:
     """Returns how many calls, at most `iterations` and at least 3, may have their results alive together."""
     result_bytes = sum(getattr(leaf, "nbytes", 0) for leaf in jax.tree.leaves(call.first()))

@@ -1,4 +1,4 @@
-"""What else multiplies matrices on this GPU: XLA in bfloat16 and FP8, cuBLASLt through PyTorch."""
+"""What else multiplies matrices on this GPU: XLA in bfloat16 and FP8, cuBLASLt through PyTorch, tokamax."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxgemm import ScaledArray, quantize
 from jaxgemm.bench import torch_peers
-from jaxgemm.bench.measure import Call, Timer, Unavailable, fastest
+from jaxgemm.bench.measure import Call, Timer, Unavailable, fastest, one_line
 
 FP8_CALL = "__cublas$lt$matmul$f8"
 """Target of the custom call that XLA makes of an FP8 product it recognises; anything else upcasts the operands."""
@@ -117,3 +117,30 @@ def prepare_peers(names: Iterable[str], operands: GemmOperands, timer: Timer) ->
         except Unavailable as reason:
             missing[name] = str(reason)
     return calls, missing
+
+
+def tokamax_dot() -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """Returns tokamax's `ragged_dot`, a bfloat16 kernel for contiguous groups; its plain XLA product does not count.
+
+    Raises:
+        Unavailable: if it is not there.
+    """
+    try:
+        import tokamax
+    except ImportError as error:
+        raise Unavailable(f"tokamax cannot be imported: {error}") from None
+
+    def dot(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array:
+        return tokamax.ragged_dot(lhs, rhs, group_sizes, implementation=("mosaic", "triton"))
+
+    return dot
+
+
+def prepare(name: str, make: Callable[[], Call]) -> tuple[dict[str, Call], dict[str, str]]:
+    """Returns a peer's call, or why it is missing: also if it raises while it is compiled."""
+    try:
+        return {name: make()}, {}
+    except Unavailable as reason:
+        return {}, {name: str(reason)}
+    except Exception as error:  # a peer's failure must not end the run
+        return {}, {name: one_line(error)}

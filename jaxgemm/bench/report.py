@@ -235,4 +235,6 @@ def _check(value: Any) -> str:
         return ""
     if isinstance(value, bool):
         return "yes" if value else "NO"
+    if isinstance(value, int):
+        return str(value)
     return f"{value:.1e}" if 0 < abs(value) < 0.1 else f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}"

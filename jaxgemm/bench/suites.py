@@ -1,4 +1,4 @@
-"""The shapes that are measured: those of DeepGEMM's tests, of Llama and DeepSeek-V3, of a file, or one by hand."""
+"""The shapes that are measured: of DeepGEMM's tests, of Llama, Mixtral and DeepSeek-V3, of a file, or by hand."""
 
 import dataclasses
 import functools
@@ -44,6 +44,8 @@ LLAMA_NK = (  # 8B, then 70B: query-key-value, attention's output, gate and up, 
     (57344, 8192),
     (8192, 28672),
 )
+MIXTRAL_ATTENTION_NK = ((6144, 4096), (4096, 4096))  # 8x7B: query-key-value, output
+MIXTRAL_EXPERT_NK = ((28672, 4096), (4096, 14336))  # of one of eight experts: gate and up, down
 DEEPSEEK_V3_NK = (  # arXiv 2412.19437, 4.2: down and up projections of latent attention, output, dense and expert MLPs
     (2112, 7168),
     (24576, 1536),
@@ -103,6 +105,12 @@ def gemm_cases(suite: str) -> list[GemmCase]:
             ]
         case "llama":
             return [*_products("large", (8192,), LLAMA_NK), *_products("small", (1, 16, 128), LLAMA_NK)]
+        case "mixtral":  # of 8192 tokens, each to two of eight experts, an expert gets 2048
+            return [
+                *_products("large", (8192,), MIXTRAL_ATTENTION_NK),
+                *_products("large", (2048,), MIXTRAL_EXPERT_NK),
+                *_products("small", (1, 16, 128), MIXTRAL_ATTENTION_NK + MIXTRAL_EXPERT_NK),
+            ]
         case "deepseek-v3":
             return [*_products("large", (4096,), DEEPSEEK_V3_NK), *_products("small", (1, 16, 128), DEEPSEEK_V3_NK)]
     return _cases_of_file(pathlib.Path(suite))
@@ -135,7 +143,7 @@ def _products(group: str, rows: Iterable[int], weights: Iterable[tuple[int, int]
 
 def _cases_of_file(path: pathlib.Path) -> list[GemmCase]:
     if not path.is_file():
-        raise ValueError(f"--suite must be deepgemm, llama, deepseek-v3 or a JSON file of cases, got {str(path)!r}")
+        raise ValueError(f"--suite must be deepgemm, llama, mixtral, deepseek-v3 or a JSON file, got {str(path)!r}")
     try:
         cases = [GemmCase(**{"group": "file", **case}) for case in json.loads(path.read_text())]
     except (TypeError, json.JSONDecodeError) as error:

@@ -1,0 +1,119 @@
+"""What the commands that train a language model share: flags, settings, and the comparison of two runs."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from lm import report
+from lm.text import load_standard_library
+from lm.training import Settings, train
+
+SHORT_NAMES = {"bfloat16": "bf16", "float32": "f32"}
+SettingsType = TypeVar("SettingsType", bound=Settings)
+Presets = Mapping[str, Mapping[str, Any]]
+
+
+def add_flags(parser: argparse.ArgumentParser, presets: Presets, out: str) -> None:
+    """Adds the flags of every training command; a whole number of a preset becomes a flag of its own."""
+    parser.add_argument("--preset", choices=presets, default="demo", help="where sizes not given come from")
+    for name, value in presets["demo"].items():
+        if isinstance(value, int):
+            parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"default: {value}")
+    parser.add_argument("--lr", type=float, help="highest learning rate")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=SHORT_NAMES, help="default: bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument("--attention", choices=("xla", "cudnn"), default="xla", help="cudnn: bfloat16 on a GPU")
+    parser.add_argument("--only", choices=("fp8", *SHORT_NAMES.values()), help="run one of the two")
+    parser.add_argument("--out", type=Path, default=Path(out))
+    parser.add_argument("--checkpoint-every", type=int, metavar="STEPS", help="default: 100; 0: never")
+    parser.add_argument("--evaluate-every", type=int, metavar="STEPS", help="default: a fifth of all steps")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+
+
+def make_settings(arguments: argparse.Namespace, presets: Presets, settings_type: type[SettingsType]) -> SettingsType:
+    """Fills in what was not given."""
+    given = {key: value for key, value in vars(arguments).items() if value is not None}
+    values = {**presets[arguments.preset], **given}
+    if "dtype" not in given:
+        by_name = {short: dtype for dtype, short in SHORT_NAMES.items()}
+        default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        values["dtype"] = by_name.get(arguments.only, default)
+    values.setdefault("checkpoint_every", 100)
+    values.setdefault("evaluate_every", max(values["steps"] // 5, 1))
+    settings = settings_type(**{field.name: values[field.name] for field in fields(settings_type)})
+    if arguments.only not in (None, "fp8", SHORT_NAMES[settings.dtype]):
+        sys.exit(f"--only {arguments.only} and --dtype {settings.dtype} do not go together")
+    if settings.d_model % settings.heads:
+        sys.exit(f"--d-model must be a multiple of --heads, got {settings.d_model} and {settings.heads}")
+    return settings
+
+
+def transformer_fields(settings: Settings, fp8: bool) -> dict[str, Any]:
+    """The fields of `Transformer` by these settings."""
+    return dict(
+        num_layers=settings.layers,
+        num_heads=settings.heads,
+        d_model=settings.d_model,
+        d_ff=settings.d_ff,
+        dtype=jnp.dtype(settings.dtype),
+        attention=settings.attention,
+        fp8=fp8,
+    )
+
+
+def compare(
+    arguments: argparse.Namespace,
+    settings: SettingsType,
+    make_model: Callable[[SettingsType, bool], nn.Module],
+    mesh: Mesh,
+) -> dict[str, Any]:
+    """Trains in high precision and in FP8, prints, writes.
+
+    Args:
+        arguments: `out`, `only` and `resume` of the flags.
+        settings: Of both runs.
+        make_model: `(settings, fp8)` to a model; equal parameters whether FP8 or not.
+        mesh: The devices.
+
+    Returns:
+        What `metrics.json` has.
+    """
+    if jax.process_index() == 0:
+        _open_directory(arguments.out, settings, arguments.resume)
+    texts = load_standard_library()
+
+    runs = []
+    for name in (SHORT_NAMES[settings.dtype], "fp8"):
+        if arguments.only in (None, name):
+            directory = arguments.out / f"checkpoints_{name}"
+            model = make_model(settings, name == "fp8")
+            runs.append(train(name, settings, model, texts, directory, mesh, resume=arguments.resume))
+
+    metrics = report.collect(settings, texts, runs)
+    if jax.process_index() == 0:
+        report.write_metrics(metrics, arguments.out / "metrics.json")
+        report.plot(metrics, arguments.out / "loss.png")
+        report.print_table(metrics)
+        print(f"\nWrote {arguments.out / 'loss.png'} and {arguments.out / 'metrics.json'}")
+    return metrics
+
+
+def _open_directory(directory: Path, settings: Settings, resume: bool) -> None:
+    """Makes the output directory, and refuses to go on with a run that had other settings."""
+    path = directory / "settings.json"
+    if resume and path.exists():
+        earlier, now = json.loads(path.read_text()), asdict(settings)
+        changed = [f"{key} was {earlier.get(key)}, is {now[key]}" for key in now if earlier.get(key) != now[key]]
+        if changed:
+            sys.exit(f"--resume needs the settings that {directory} was started with: {'; '.join(changed)}")
+    directory.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asdict(settings), indent=1) + "\n")
