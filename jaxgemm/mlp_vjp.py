@@ -39,7 +39,6 @@ from jaxgemm.dot_vjp import (
     RESIDUAL_NAMES,
     DotOptions,
     dgrad,
-    for_wgrad,
     name_residual,
     quantize_dout,
     quantize_lhs,
@@ -188,7 +187,7 @@ def _hidden_for_wgrad(options: MlpOptions, hidden: jax.Array) -> Any:
         return None
     if options.down.recipe.wgrad_dtype != "fp8":
         return hidden
-    return for_wgrad(options.down, hidden, None, options.down.quantizer(options.down.recipe.lhs_dtype))
+    return quantize_transposed(hidden, **options.down.quantizer(options.down.recipe.lhs_dtype))
 
 
 def _apply(options: MlpOptions, function: str, inputs: list[jax.Array]) -> list[jax.Array]:
