@@ -114,6 +114,44 @@ def lower(problem, config) -> list[bytes]:
     return list(core.KNOWN_KERNELS.values())
 
 
+def quantize_cases() -> dict[str, tuple]:
+    """Name, problem and shapes of the quantising kernels that hold the most numbers at once."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from jaxgemm.elementwise import FUNCTIONS
+    from jaxgemm.problem import QuantizeProblem
+
+    e4m3 = np.dtype(jnp.float8_e4m3fn)
+    rows, joined = (8192, 14336), (8192, 2 * 14336)
+    found = {
+        "quantize both, sum": (QuantizeProblem((1, 128), e4m3, transposed=True, column_sum=True), [rows]),
+        "quantize weight": (QuantizeProblem((128, 128), e4m3, transposed=True), [rows]),
+    }
+    for function, description in FUNCTIONS.items():
+        is_joined = "_gate" in function
+        options = {"transposed": description.has_hidden, "joined": is_joined, "hidden": description.has_hidden}
+        shapes = [rows] * (description.num_inputs - 2 * is_joined) + [joined] * is_joined
+        found[f"quantize {function}"] = QuantizeProblem((1, 128), e4m3, function=function, **options), shapes
+    return found
+
+
+def lower_quantize(problem, shapes) -> list[bytes]:
+    """Lowers one quantising kernel for CUDA and returns its Mosaic modules."""
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental.mosaic.gpu import core
+
+    from jaxgemm.kernels.hopper_quantize import default_config, hopper_quantize
+
+    core.KNOWN_KERNELS.clear()
+    config = default_config(problem, jnp.bfloat16)
+    kernel = functools.partial(hopper_quantize, problem=problem, config=config, num_sms=132)
+    inputs = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    jax.jit(kernel).trace(*inputs).lower(lowering_platforms=("cuda",))
+    return list(core.KNOWN_KERNELS.values())
+
+
 def compile_dump(modules: list[bytes], folder: pathlib.Path) -> None:
     """Compiles Mosaic modules; PTX, log and SASS are dumped to a folder before the stub refuses to load them."""
     os.environ["MOSAIC_GPU_DUMP_TO"] = str(folder)
@@ -142,14 +180,14 @@ def loops(sass: str) -> Iterator[collections.Counter]:
             yield collections.Counter(i.split()[0].split(".")[0] for i in body)
 
 
-def report(name: str, folder: pathlib.Path) -> bool:
+def report(name: str, folder: pathlib.Path, multiplies: bool = True) -> bool:
     """Prints what the assembler said of one kernel; returns whether it neither spilled nor serialised."""
     log = "\n".join(path.read_text() for path in sorted(folder.glob("*.ptxas")))
     registers = re.search(r"Used (\d+) registers", log)
     spilled = max((int(n) for n in re.findall(r"(\d+) bytes spill", log)), default=0)
     main_loops = [mix for path in folder.glob("*sass*") for mix in loops(path.read_text()) if mix["QGMMA"]]
     problems = [] if registers else ["not compiled"]
-    if not main_loops:
+    if multiplies and not main_loops:
         problems.append("no FP8 tensor core instruction in a loop")
     if spilled:
         problems.append(f"{spilled} bytes spilled")
@@ -159,7 +197,8 @@ def report(name: str, folder: pathlib.Path) -> bool:
     counts = ", ".join(f"{mix[op]} {op}" for op in ("QGMMA", "FFMA", "FMUL", "LDS"))
     verdict = "FAILED: " + "; ".join(problems) if problems else "ok"
     used = registers.group(1) if registers else "?"
-    print(f"{name:38} {used:>4} registers, loop of {mix.total()}: {counts}: {verdict}")
+    loop = f", loop of {mix.total()}: {counts}" if multiplies else ""
+    print(f"{name:38} {used:>4} registers{loop}: {verdict}")
     return not problems
 
 
@@ -210,11 +249,13 @@ def main() -> int:
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
     sound = True
     with tempfile.TemporaryDirectory() as temporary:
-        for index, (name, (problem, config)) in enumerate(cases().items()):
+        kernels = [(name, lower, case, True) for name, case in cases().items()]
+        kernels += [(name, lower_quantize, case, False) for name, case in quantize_cases().items()]
+        for index, (name, lower_kernel, case, multiplies) in enumerate(kernels):
             folder = (arguments.keep or pathlib.Path(temporary)) / f"{index:02d}"
             folder.mkdir(parents=True, exist_ok=True)
-            compile_dump(lower(problem, config), folder)
-            sound &= report(name, folder)
+            compile_dump(lower_kernel(*case), folder)
+            sound &= report(name, folder, multiplies)
     return 0 if sound else 1
 
 
