@@ -5,6 +5,8 @@ This is the only module that asks which devices there are. A new chip is a new k
 
 import dataclasses
 import functools
+import importlib
+import importlib.util
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxgemm import reference, tiles
+from jaxgemm import reference, tiles, triton_tuning
 from jaxgemm.layout import SCALE_BLOCK
 from jaxgemm.problem import GemmProblem, QuantizeProblem
 from jaxgemm.scaled_array import ROW_BLOCK, SQUARE_BLOCK
@@ -23,7 +25,7 @@ HOPPER_CAPABILITY = "9.0"
 HOPPER_SM_COUNT = 132
 """Streaming multiprocessors of an H100 or H200 SXM: what a program lowered without a GPU at hand is laid out for."""
 
-PREFERENCE = ("mosaic", "xla")
+PREFERENCE = ("mosaic", "triton", "xla")
 """What `implementation=None` tries, best first."""
 
 logger = logging.getLogger(__name__)
@@ -62,7 +64,7 @@ def why_not(implementation: str, problem: Problem, platform: str) -> str | None:
         return None
     if implementation == "mosaic":
         return _why_not_hopper(platform) or _why_not_mosaic(problem)
-    return f"there is no {implementation!r} kernel yet"
+    return _why_not_triton(problem, platform) or why_triton_is_missing()
 
 
 def why_passed_over(implementation: str, problem: Problem, platform: str) -> str | None:
@@ -74,6 +76,8 @@ def _why_not_yet(implementation: str, problem: Problem) -> str | None:
     """Why an implementation is not taken unless it is asked for by name; None if it is."""
     if implementation == "mosaic" and isinstance(problem, GemmProblem) and problem.kind != "dense":
         return "its kernel for groups has not been run on a GPU yet; implementation='mosaic' asks for it"
+    if implementation == "triton":
+        return "its kernel has not been run on a GPU yet; implementation='triton' asks for it"
     return None
 
 
@@ -90,7 +94,7 @@ def run_gemm(problem: GemmProblem, platform: str, implementation: str | None, *o
     chosen = choose(problem, platform, implementation)
     if 0 in (problem.m, problem.n, problem.k, problem.num_groups):  # nothing to multiply, whoever was chosen
         chosen = "xla"
-    runners: dict[str, Callable[..., jax.Array]] = {"mosaic": _run_mosaic, "xla": _run_xla}
+    runners: dict[str, Callable[..., jax.Array]] = {"mosaic": _run_mosaic, "triton": _run_triton, "xla": _run_xla}
     return runners[chosen](problem, *operands)
 
 
@@ -126,6 +130,11 @@ def choose_config(problem: GemmProblem) -> tiles.Choice:
     return tiles.choose(as_computed(problem), sm_count(), device_kind())
 
 
+def choose_triton_config(problem: GemmProblem) -> triton_tuning.TritonConfig:
+    """Returns the tile that a dense product gets on this device if the Triton kernel computes it."""
+    return triton_tuning.choose_config(problem, _capability_number(), sm_count())
+
+
 def as_computed(problem: GemmProblem) -> GemmProblem:
     """Returns what the kernel computes: what is added to a given array is summed in float32, and rounded after that."""
     return dataclasses.replace(problem, out_dtype=np.dtype(np.float32)) if problem.accumulate else problem
@@ -157,6 +166,17 @@ def _run_mosaic(problem: GemmProblem, *operands: Any) -> jax.Array:
     return run(*stored, bias, sizes, accumulate).astype(problem.out_dtype)
 
 
+def _run_triton(problem: GemmProblem, *operands: Any) -> jax.Array:
+    from jaxgemm.kernels.triton_gemm import triton_gemm  # loads Triton, which importing jaxgemm must not
+
+    lhs_values, lhs_scales, rhs_values, rhs_scales, *rest = operands
+    bias = rest[0] if problem.has_bias else None
+    config, capability = choose_triton_config(problem), _capability_number()
+    return triton_gemm(
+        lhs_values, lhs_scales, rhs_values, rhs_scales, bias, problem=problem, config=config, capability=capability
+    )
+
+
 def _why_not_hopper(platform: str) -> str | None:
     """Why kernels for Hopper cannot run where a program is lowered for; None if they can."""
     if platform != "cuda":
@@ -182,6 +202,43 @@ def _why_not_mosaic(problem: Problem) -> str | None:
     if problem.rhs_block_shape not in (ROW_BLOCK, SQUARE_BLOCK):
         return f"rhs must have blocks of (128, 128) or (1, 128), and has {problem.rhs_block_shape}"
     return None
+
+
+def _why_not_triton(problem: Problem, platform: str) -> str | None:
+    """Which problems the Triton kernel does not serve, and which devices."""
+    if platform != "cuda":
+        return f"it needs an NVIDIA GPU, and this program is lowered for {platform}"
+    if isinstance(problem, QuantizeProblem):
+        return "it multiplies, and does not quantise"
+    if problem.kind != "dense":
+        return f"it multiplies dense operands alone, and these are {problem.kind}"
+    for name, block_shape in (("lhs", problem.lhs_block_shape), ("rhs", problem.rhs_block_shape)):
+        if block_shape not in (ROW_BLOCK, SQUARE_BLOCK):
+            return f"{name} must have blocks of (1, 128) or (128, 128), and has {block_shape}"
+    if _capability_number() < triton_tuning.LEAST_CAPABILITY:
+        return f"it needs a GPU of compute capability 8.0 or newer, and this one has {cuda_capability()}"
+    return None
+
+
+@functools.cache
+def why_triton_is_missing() -> str | None:
+    """Returns what the Triton kernel lacks of this installation, or None if it is all there."""
+    missing = [name for name in ("triton", "jax_triton") if importlib.util.find_spec(name) is None]
+    if missing:
+        return f"it needs {' and '.join(missing)}, not installed here: pip install 'jaxgemm[cuda]'"
+    if not hasattr(importlib.import_module("jaxlib.gpu_triton"), "TritonKernel"):
+        return "it needs JAX's CUDA plugin, not installed here: pip install 'jaxgemm[cuda]'"
+    try:
+        importlib.import_module("jax_triton")
+    except Exception as error:  # it leans on private names of jax and triton, and may fail in any way at other versions
+        return f"jax_triton is installed, and cannot be imported beside this jax and triton: {error!r}"
+    return None
+
+
+def _capability_number() -> int:
+    """The compute capability as Triton counts it, 89 for 8.9; a Hopper's where there is no GPU."""
+    major, minor = (cuda_capability() or HOPPER_CAPABILITY).split(".")
+    return 10 * int(major) + int(minor)
 
 
 @functools.cache

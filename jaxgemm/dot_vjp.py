@@ -59,11 +59,14 @@ class DotOptions:
     varying: tuple[frozenset[Any], frozenset[Any], frozenset[Any]]
 
     def quantizer(self, dtype: Any) -> dict[str, Any]:
-        """Returns the keywords that every quantising function takes."""
+        """Returns the keywords that every quantising function takes.
+
+        "triton" names a kernel that multiplies: what quantises its operands is the best there is.
+        """
         return {
             "dtype": dtype,
             "power_of_two": self.recipe.power_of_two,
-            "implementation": self.implementation,
+            "implementation": None if self.implementation == "triton" else self.implementation,
         }
 
 

@@ -22,7 +22,7 @@ class ExplainedProblem:
         found: the problem itself, how often it runs, from which line.
         implementation: what would compute it; None if the call names one that cannot, and so would raise.
         refused: name and reason of each better implementation, best first.
-        config: its tile or layout (`GemmConfig`, `QuantizeConfig`), if a kernel computes it.
+        config: its tile or layout (`GemmConfig`, `TritonConfig`, `QuantizeConfig`), if a kernel computes it.
         config_source: where that comes from: "autotuned", "measured on DEVICE", "model", "default".
     """
 
@@ -152,6 +152,7 @@ def explain(fn: Callable[..., Any], *args: Any, platform: str | None = None, **k
         dense 64x512x256, float8_e4m3fn 1x128 by float8_e4m3fn 128x128 -> bfloat16, fp8_fprop
             runs on    xla
             not mosaic it needs a Hopper GPU, and this program is lowered for cpu
+            not triton it needs an NVIDIA GPU, and this program is lowered for cpu
             one run    16.8 MFLOP, 213.5 kB
         >>> explanation.to_json()["flops"]
         16777216
@@ -186,6 +187,8 @@ def _with_config(
     problem = found.problem
     if 0 in _sizes(found):  # what `dispatch` does then
         return ExplainedProblem(found, "xla", (*refused, (str(implementation), NOTHING_TO_COMPUTE)))
+    if isinstance(problem, GemmProblem) and implementation == "triton":
+        return ExplainedProblem(found, implementation, refused, dispatch.choose_triton_config(problem), "model")
     if isinstance(problem, GemmProblem):
         choice = dispatch.choose_config(problem)
         return ExplainedProblem(found, implementation, refused, choice.config, choice.source)

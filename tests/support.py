@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxgemm
+from jaxgemm import dispatch
 
 TIGHT = 1e-5
 """Bound against the oracle, on every tile."""
@@ -114,7 +115,12 @@ def collectives(lowered, tmp_path):
     return compiled, [(op, dtype, tuple(map(int, filter(None, shape.split(","))))) for dtype, shape, op in found]
 
 
-def available_implementations():
-    """Names of the implementations that the products have on this machine."""
-    on_hopper = jax.default_backend() == "gpu" and jax.devices()[0].compute_capability == "9.0"
-    return ["xla", "mosaic"] if on_hopper else ["xla"]
+def available_implementations(kind="dense"):
+    """Names of the implementations that products of a kind have on this machine."""
+    names = ["xla"]
+    if jax.default_backend() == "gpu":
+        if dispatch.cuda_capability() == dispatch.HOPPER_CAPABILITY:
+            names.append("mosaic")
+        if kind == "dense" and dispatch.why_triton_is_missing() is None:
+            names.append("triton")
+    return names

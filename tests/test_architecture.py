@@ -26,7 +26,7 @@ LEVELS = [
     {"jaxgemm.kernels", "jaxgemm.tiles"},
     {"jaxgemm.tuning_cache"},
     {"jaxgemm.tuned_rows"},
-    {"jaxgemm.reference", "jaxgemm.tuning"},
+    {"jaxgemm.reference", "jaxgemm.triton_tuning", "jaxgemm.tuning"},
     {"jaxgemm.problem"},
     {"jaxgemm.scaled_array"},
     {"jaxgemm.layout", "jaxgemm.manual_axes", "jaxgemm.explicit_axes", "jaxgemm.numerics", "jaxgemm.elementwise"},

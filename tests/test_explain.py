@@ -37,8 +37,9 @@ def products(explanation):
 
 @pytest.fixture
 def on_hopper(monkeypatch):
-    """Kernels for Hopper serve whatever is lowered for CUDA, with any JAX and no GPU."""
+    """Kernels for Hopper, and no others, serve whatever is lowered for CUDA, with any JAX and no GPU."""
     monkeypatch.setattr(dispatch, "_why_not_hopper", lambda platform: None if platform == "cuda" else "no Hopper here")
+    monkeypatch.setattr(dispatch, "why_triton_is_missing", lambda: "no Triton here")
 
 
 # What is found
@@ -159,7 +160,8 @@ def test_functions_that_flax_compiles_are_walked():
 def test_refusals_are_those_of_dispatch():
     (product,) = products(jaxgemm.explain(jaxgemm.fp8_dot, X, W, platform="cpu"))
     assert product.implementation == "xla" and product.config is None
-    assert product.refused == (("mosaic", dispatch.why_not("mosaic", product.found.problem, "cpu")),)
+    names = ("mosaic", "triton")
+    assert product.refused == tuple((name, dispatch.why_not(name, product.found.problem, "cpu")) for name in names)
 
 
 def test_the_default_platform_is_the_default_backends(monkeypatch):
