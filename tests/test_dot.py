@@ -144,8 +144,18 @@ def per_group(function, x, w, bias, dout, slices):
     return out, dx, dw, db
 
 
-@pytest.mark.parametrize("sizes", [[20, 30, 1, 39], [0, 0, 90, 0], [7, 0, 20, 13], [0, 0, 0, 0], [-3, 50, 100, 4]])
-@pytest.mark.parametrize("activation, wgrad_dtype", [(None, "fp8"), ("silu", "bf16")])
+@pytest.mark.parametrize(
+    "sizes, activation, wgrad_dtype",
+    [
+        ([20, 30, 1, 39], None, "fp8"),
+        ([0, 0, 90, 0], None, "fp8"),
+        ([7, 0, 20, 13], "silu", "fp8"),
+        ([0, 0, 0, 0], None, "fp8"),
+        ([-3, 50, 100, 4], None, "fp8"),
+        ([20, 30, 1, 39], "silu", "bf16"),
+        ([7, 0, 20, 13], None, "bf16"),
+    ],
+)
 def test_grouped_equals_a_dense_layer_per_group(sizes, activation, wgrad_dtype):
     """And rows past the last group, which hold NaN here, give and get zeros."""
     recipe = Recipe(wgrad_dtype=wgrad_dtype)

@@ -24,6 +24,9 @@ import tempfile
 from collections.abc import Iterator
 
 CHILD_VARIABLE = "JAXGEMM_SPILLS_CHILD"
+"""Set in the processes that compile, to the number of their share."""
+
+NUM_PROCESSES = 2
 
 DRIVER_STUB = """
 int cuInit(unsigned flags) { return 0; }
@@ -235,7 +238,6 @@ def child_environment() -> dict[str, str]:
         MOSAIC_GPU_DUMP_PTX="1",
         MOSAIC_GPU_DUMP_PTXAS="1",
         MOSAIC_GPU_DUMP_SASS="1",
-        **{CHILD_VARIABLE: "1"},
     )
 
 
@@ -245,13 +247,18 @@ def main() -> int:
     parser.add_argument("--keep", type=pathlib.Path, help="folder for PTX, the assembler's log and SASS")
     arguments = parser.parse_args()
     if CHILD_VARIABLE not in os.environ:
-        return subprocess.run([sys.executable, *sys.argv], env=child_environment()).returncode
+        environment = child_environment()
+        shares = [dict(environment, **{CHILD_VARIABLE: str(share)}) for share in range(NUM_PROCESSES)]
+        children = [subprocess.Popen([sys.executable, *sys.argv], env=share) for share in shares]
+        return max([child.wait() for child in children])
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
     sound = True
     with tempfile.TemporaryDirectory() as temporary:
         kernels = [(name, lower, case, True) for name, case in cases().items()]
         kernels += [(name, lower_quantize, case, False) for name, case in quantize_cases().items()]
         for index, (name, lower_kernel, case, multiplies) in enumerate(kernels):
+            if index % NUM_PROCESSES != int(os.environ[CHILD_VARIABLE]):
+                continue
             folder = (arguments.keep or pathlib.Path(temporary)) / f"{index:02d}"
             folder.mkdir(parents=True, exist_ok=True)
             compile_dump(lower_kernel(*case), folder)
