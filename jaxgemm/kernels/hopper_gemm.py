@@ -170,6 +170,30 @@ def turns(warpgroup: jax.Array, num_warpgroups: int, interpret: Any) -> Iterator
         pl.when(warpgroup == 0)(lambda: close_turns(num_warpgroups))
 
 
+def _kernel(plan: Plan, adds: bool, interpret: Any, *refs: Any, **smem: Any) -> None:
+    """One block: gives each warpgroup its registers and its role."""
+    problem, config = plan.problem, plan.config
+    multiply = functools.partial(multiply_wave_portable if interpret else multiply_wave, num_warpgroups=plan.num_turns)
+    lhs_refs = OperandRefs(refs[0], refs[1], smem["lhs_values_smem"], smem["lhs_scales_smem"])
+    rhs_refs = OperandRefs(refs[2], refs[3], smem["rhs_values_smem"], smem["rhs_scales_smem"])
+    lhs, rhs = (plan.lhs, lhs_refs), (plan.rhs, rhs_refs)
+    sides = Sides(rhs, lhs) if config.swap_operands else Sides(lhs, rhs)
+    schedule = plan.schedule(None if problem.kind == "dense" else refs[-2])
+    load_registers, compute_registers = REGISTERS[config.warpgroups]
+    warpgroup = lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup == config.warpgroups)
+    def load():
+        plgpu.set_max_registers(load_registers, action="decrease")
+        load_role(plan, schedule, sides, refs[4] if problem.has_bias else None, smem)
+
+    @pl.when(warpgroup < config.warpgroups)
+    def compute():
+        plgpu.set_max_registers(compute_registers, action="increase")
+        with turns(warpgroup, plan.num_turns, interpret):
+            compute_role(plan, schedule, sides, refs[-1], smem, multiply, adds)
+
+
 def hopper_gemm(
     lhs_values: jax.Array,
     lhs_scales: jax.Array,
@@ -207,30 +231,8 @@ def hopper_gemm(
         config = dataclasses.replace(config, masked_store=False)
     plan = make_plan(problem, config, num_sms)
     adds = plan.adds and not interpret  # the interpreter cannot add on the way out
-    multiply = functools.partial(multiply_wave_portable if interpret else multiply_wave, num_warpgroups=plan.num_turns)
-
-    def kernel(*refs, **smem):
-        lhs_refs = OperandRefs(refs[0], refs[1], smem["lhs_values_smem"], smem["lhs_scales_smem"])
-        rhs_refs = OperandRefs(refs[2], refs[3], smem["rhs_values_smem"], smem["rhs_scales_smem"])
-        lhs, rhs = (plan.lhs, lhs_refs), (plan.rhs, rhs_refs)
-        sides = Sides(rhs, lhs) if config.swap_operands else Sides(lhs, rhs)
-        schedule = plan.schedule(None if sizes is None else refs[-2])
-        load_registers, compute_registers = REGISTERS[config.warpgroups]
-        warpgroup = lax.axis_index("warpgroup")
-
-        @pl.when(warpgroup == config.warpgroups)
-        def load():
-            plgpu.set_max_registers(load_registers, action="decrease")
-            load_role(plan, schedule, sides, refs[4] if problem.has_bias else None, smem)
-
-        @pl.when(warpgroup < config.warpgroups)
-        def compute():
-            plgpu.set_max_registers(compute_registers, action="increase")
-            with turns(warpgroup, plan.num_turns, interpret):
-                compute_role(plan, schedule, sides, refs[-1], smem, multiply, adds)
-
     call = plgpu.kernel(
-        kernel,
+        functools.partial(_kernel, plan, adds, interpret),
         out_type=() if adds else jax.ShapeDtypeStruct(plan.out_shape, problem.out_dtype),
         scratch_types=scratch_types(plan, None if bias is None else bias.dtype),
         grid=(min(num_sms // (config.share * config.split_k), plan.schedule().most_tiles),),

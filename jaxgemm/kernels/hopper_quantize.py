@@ -27,8 +27,10 @@ Barriers, one a stage:
   the results; all wait.
 """
 
+import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -179,43 +181,68 @@ def _scratch_types(plan: Plan) -> dict[str, object]:
     return scratch
 
 
-def _kernel(plan: Plan, *gmem, x_smem, full, empty, applied=None, **slab_smem) -> None:
-    """Walks the tiles of one persistent block; every warpgroup runs this, for a slab of its own."""
-    num_inputs = plan.num_arrays + plan.has_table
-    inputs, outputs = gmem[: plan.num_arrays], _name_outputs(plan, gmem[num_inputs:])
-    table = gmem[plan.num_arrays] if plan.has_table else None
-    block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
-    stages, tile_m = plan.config.stages, plan.config.tile_m
-    num_steps = lax.div(plan.num_tiles - block + plan.num_blocks - 1, plan.num_blocks)
+@dataclasses.dataclass(frozen=True)
+class _Tiles:
+    """The tiles of one persistent block, by the number of its step.
 
-    def tile_origin(step):
-        """Returns the group, first row and first column of the tile at `step`: columns vary fastest."""
-        tile = block + step * plan.num_blocks
+    Attributes:
+        plan: the launch.
+        inputs: global memory to fetch from.
+        table: reference to what `row_table` returns; None if every row counts.
+        x_smem: stages of the pipeline.
+        full: barriers of the stages.
+    """
+
+    plan: Plan
+    inputs: Any
+    table: Any
+    x_smem: Any
+    full: Any
+
+    @property
+    def num_steps(self) -> jax.Array:
+        """How many tiles this block has."""
+        return lax.div(self.plan.num_tiles - lax.axis_index("block") + self.plan.num_blocks - 1, self.plan.num_blocks)
+
+    def origin(self, step) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns the group, first row and first column of a tile: columns vary fastest."""
+        plan, tile = self.plan, lax.axis_index("block") + step * self.plan.num_blocks
         row_tile, column_tile = lax.div(tile, plan.tiles_k), lax.rem(tile, plan.tiles_k)
-        return lax.div(row_tile, plan.tiles_m), lax.rem(row_tile, plan.tiles_m) * tile_m, column_tile * BLOCK
+        group, row = lax.div(row_tile, plan.tiles_m), lax.rem(row_tile, plan.tiles_m) * plan.config.tile_m
+        return group, row, column_tile * BLOCK
 
-    def row_source(step, row):
-        """Returns from which row of the input the tile at `step` comes, and how many of its rows count (or None)."""
-        if table is None:
+    def row_source(self, step, row) -> tuple[jax.Array, jax.Array | None]:
+        """Returns from which row of the input a tile comes, and how many of its rows count (or None)."""
+        if self.table is None:
             return row, None
-        row_tile = lax.div(block + step * plan.num_blocks, plan.tiles_k)
-        return table[row_tile], table[plan.groups * plan.tiles_m + row_tile]
+        plan = self.plan
+        row_tile = lax.div(lax.axis_index("block") + step * plan.num_blocks, plan.tiles_k)
+        return self.table[row_tile], self.table[plan.groups * plan.tiles_m + row_tile]
 
-    def fetch(step):
-        group, row, column = tile_origin(step)
-        row, _ = row_source(step, row)
-        stage = lax.rem(step, stages)
+    def fetch(self, step) -> None:
+        """Begins to load a tile into its stage."""
+        plan = self.plan
+        group, row, column = self.origin(step)
+        row, _ = self.row_source(step, row)
+        stage = lax.rem(step, plan.config.stages)
         for index, (array, first_column) in enumerate(plan.sources):
             for chunk in range(BLOCK // plan.chunk_columns):
                 columns = pl.ds(first_column + column + chunk * plan.chunk_columns, plan.chunk_columns)
-                source = inputs[array].at[group, pl.ds(row, tile_m), columns]
-                plgpu.copy_gmem_to_smem(source, x_smem.at[stage, index, chunk], full.at[stage])
+                source = self.inputs[array].at[group, pl.ds(row, plan.config.tile_m), columns]
+                plgpu.copy_gmem_to_smem(source, self.x_smem.at[stage, index, chunk], self.full.at[stage])
+
+
+def _kernel(plan: Plan, *gmem, x_smem, full, empty, applied=None, **slab_smem) -> None:
+    """Walks the tiles of one persistent block; every warpgroup runs this, for a slab of its own."""
+    inputs, outputs = gmem[: plan.num_arrays], _name_outputs(plan, gmem[plan.num_arrays + plan.has_table :])
+    tiles = _Tiles(plan, inputs, gmem[plan.num_arrays] if plan.has_table else None, x_smem, full)
+    warpgroup, stages, num_steps = lax.axis_index("warpgroup"), plan.config.stages, tiles.num_steps
 
     # Fill the pipeline.
     @pl.when(warpgroup == 0)
     def _():
         for step in range(stages):
-            pl.when(step < num_steps)(functools.partial(fetch, jnp.int32(step)))
+            pl.when(step < num_steps)(functools.partial(tiles.fetch, jnp.int32(step)))
 
     def walk_tile(step, _):
         stage = lax.rem(step, stages)
@@ -229,8 +256,8 @@ def _kernel(plan: Plan, *gmem, x_smem, full, empty, applied=None, **slab_smem) -
             quantize_tile(index, step, stage)
 
     def quantize_tile(index, step, stage):
-        group, row, column = tile_origin(step)
-        _, valid_rows = row_source(step, row)
+        group, row, column = tiles.origin(step)
+        _, valid_rows = tiles.row_source(step, row)
         array, first_column = plan.targets[index]
         natural, transposed = outputs[array]
         column += first_column
@@ -268,7 +295,7 @@ def _kernel(plan: Plan, *gmem, x_smem, full, empty, applied=None, **slab_smem) -
             @pl.when(is_due)
             def _():
                 plgpu.barrier_wait(empty.at[lax.rem(step - 1, stages)])
-                fetch(step - 1 + stages)
+                tiles.fetch(step - 1 + stages)
 
     lax.fori_loop(0, num_steps, walk_tile, None)
 
