@@ -269,3 +269,14 @@ def test_products_of_a_real_program_are_found():
     gradient = jax.jit(jax.grad(lambda w: jnp.sin(x @ w).sum().astype(jnp.float32)))
     program = gradient.lower(w).compile().as_text()
     assert len(hlo.plain_products(program, {10})) == 2 and hlo.plain_products(program, {7}) == []
+
+
+def test_bytes_between_devices_are_counted():
+    program = """
+  %a = bf16[4,8]{1,0} parameter(0)
+  %g = (f8e4m3fn[32,8]{1,0}, f32[2]{0}) all-gather(%a, %a), dimensions={0}
+  %s = (bf16[4,8], bf16[32,8]) all-gather-start(%a), dimensions={0}
+  %d = bf16[32,8]{1,0} all-gather-done(%s)
+  ROOT %r = f32[4]{0} reduce-scatter(%a), to_apply=%add
+"""
+    assert hlo.collective_bytes(program) == {"all-gather": 32 * 8 + 2 * 4 + 32 * 8 * 2, "reduce-scatter": 16}

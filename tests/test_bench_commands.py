@@ -9,7 +9,7 @@ import jax
 import pytest
 from bench_support import SteadyTimer, bench, sample_report
 
-from jaxgemm.bench import block, dense, grouped, moe, quantize, readme, report, train
+from jaxgemm.bench import block, dense, fsdp, grouped, moe, quantize, readme, report, train
 from jaxgemm.bench.measure import Call
 from jaxgemm.bench.rows import Setup
 
@@ -105,6 +105,19 @@ def test_dense(tiny_cases, tmp_path):
         assert set(row["times"]) == {"jaxgemm", "jaxgemm, products alone", "xla-bf16"}
 
 
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
+def test_fsdp(monkeypatch, tmp_path):
+    monkeypatch.setattr(fsdp, "fsdp_cases", lambda: [fsdp.FsdpCase(1024, (1024, 2048))])
+    assert bench("fsdp", "--json", str(tmp_path / "a.json")) == 0
+    [row] = report.read(tmp_path / "a.json")["rows"]
+    assert set(row["times"]) == {"jaxgemm", "xla-bf16"} and row["devices"] == 8
+    assert row["flops"] == 6 * 1024 * 1024 * 2048
+    checks = row["checks"]
+    assert 1e-6 < checks["largest difference from bf16"] < 1e-2
+    assert checks["all-gather MiB"] >= 2 and checks["xla-bf16 all-gather MiB"] >= 4  # of weights of 2 Mi elements
+    assert checks["temp MiB"] > 0
+
+
 @pytest.fixture
 def fake_tokamax(monkeypatch):
     """A module of that name, whose product is JAX's own; what it was asked for is in `asked`."""
@@ -166,7 +179,7 @@ def test_train(tmp_path):
 
 
 def test_training_calls_train():
-    case = train.TrainCase(2, 8, 32, 24, 4, 2, 1, 50, "xla")
+    case = train.TrainCase(2, 8, 32, 24, 4, 2, "xla", layers=1, vocabulary=50)
     tokens = jax.random.randint(jax.random.key(0), (2, 9), 0, 50)
     call = train.training_call(case, tokens, train.bf16_dot)
     losses = [float(call()) for _ in range(20)]

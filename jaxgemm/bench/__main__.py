@@ -12,7 +12,20 @@ from typing import Any
 
 import jax
 
-from jaxgemm.bench import dense, gemm, grouped, quantize, readme, report, roofline, suites, torch_peers, train, tune
+from jaxgemm.bench import (
+    dense,
+    fsdp,
+    gemm,
+    grouped,
+    quantize,
+    readme,
+    report,
+    roofline,
+    suites,
+    torch_peers,
+    train,
+    tune,
+)  # fmt: skip
 from jaxgemm.bench.measure import COPY_BYTES, CuptiTimer, Timer, copy_bandwidth
 from jaxgemm.bench.progress import progress
 from jaxgemm.bench.rows import OWN, Setup, collect
@@ -29,6 +42,7 @@ COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "dense": (dense, "linear layers forward and backward, quantising included"),
     "grouped": (grouped, "products of groups: masked, contiguous, k-grouped, and a layer of experts"),
     "train": (train, "training steps of a language model"),
+    "fsdp": (fsdp, "layers with weights split over all GPUs of the host, and what they move between them"),
 }
 
 
@@ -59,7 +73,8 @@ def main(arguments: Sequence[str] | None = None, timer: Timer | None = None, cop
                 return REFUSED
         if options.command == tune.TUNE:
             return tune.run(options, selected_cases(options))
-        return run(options, list(sys.argv[1:] if arguments is None else arguments), timer or CuptiTimer(), copy_bytes)
+        timer = timer or getattr(COMMANDS[options.command][0], "TIMER", CuptiTimer)()
+        return run(options, list(sys.argv[1:] if arguments is None else arguments), timer, copy_bytes)
     except ValueError as error:
         print(f"jaxgemm.bench: {error}", file=sys.stderr)
         return REFUSED
@@ -127,6 +142,7 @@ def selected_cases(options: argparse.Namespace) -> list[Any]:
             "dense": dense.dense_cases,
             "grouped": lambda: list(grouped.grouped_cases(options.suite)),
             "train": lambda: [train_case(options)],
+            "fsdp": lambda: list(fsdp.fsdp_cases()),
         }
         cases = makers[options.command]()
     chosen = [case for case in cases if re.search(options.only, case.name)]

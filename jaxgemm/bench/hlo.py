@@ -1,5 +1,6 @@
-"""What a compiled program multiplies beside this library's kernels."""
+"""What a compiled program multiplies beside this library's kernels, and what it moves between devices."""
 
+import math
 import re
 from collections.abc import Collection, Iterator
 
@@ -31,6 +32,31 @@ def plain_products(hlo: str, sizes: Collection[int]) -> list[str]:
         if axes & set(sizes):
             found.append(name)
     return found
+
+
+COLLECTIVE = re.compile(r"(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-done)?")
+TYPED_SHAPE = re.compile(r"\b(?:pred|[a-z]+(?P<bits>\d+)\w*)\[(?P<axes>[\d,]*)\]")
+
+
+def collective_bytes(hlo: str) -> dict[str, int]:
+    """Returns the bytes that collective operations leave on each device, by operation.
+
+    An operation inside a loop counts once. One that is started and awaited counts where it is awaited.
+
+    Args:
+        hlo: the program's text.
+
+    Example:
+        >>> collective_bytes("  %gathered.1 = f8e4m3fn[8,128]{1,0} all-gather(%w), dimensions={0}")
+        {'all-gather': 1024}
+    """
+    moved: dict[str, int] = {}
+    for _, kind, operation, _ in _definitions(hlo):
+        if match := COLLECTIVE.fullmatch(operation):
+            shapes = [(int(m["bits"] or 8), m["axes"]) for m in TYPED_SHAPE.finditer(kind)]
+            size = sum(bits * math.prod(int(axis) for axis in axes.split(",") if axis) // 8 for bits, axes in shapes)
+            moved[match[1]] = moved.get(match[1], 0) + size
+    return moved
 
 
 def _definitions(hlo: str) -> Iterator[tuple[str, str, str, str]]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,30 +18,16 @@ Params = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainCase:
+class TrainCase(BlockCase):
     """A decoder of transformer blocks, by default two of the size of Llama 3 8B's, 8192 tokens a step.
 
     Attributes:
-        batch: sequences.
-        length: tokens of a sequence.
-        width: of the residual stream.
-        hidden: of the MLP.
-        heads: of attention.
-        kv_heads: of keys and values.
         layers: blocks.
         vocabulary: kinds of tokens.
-        attention: implementation that `jax.nn.dot_product_attention` takes.
     """
 
-    batch: int = 4
-    length: int = 2048
-    width: int = 4096
-    hidden: int = 14336
-    heads: int = 32
-    kv_heads: int = 8
     layers: int = 2
     vocabulary: int = 32768
-    attention: Literal["cudnn", "xla"] = "cudnn"
 
     @property
     def name(self) -> str:
