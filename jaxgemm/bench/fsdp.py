@@ -4,7 +4,6 @@ Each device has a share of the rows and a share of each weight (FSDP). The compi
 with `fp8_dot` it gathers them in FP8.
 """
 
-import dataclasses
 import itertools
 from typing import Any
 
@@ -15,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxgemm
 from jaxgemm.bench import accuracy, hlo
+from jaxgemm.bench.dense import DenseCase
 from jaxgemm.bench.measure import Call, WallTimer, temporary_mib
 from jaxgemm.bench.rows import OWN, Row, Setup, normal, stored_bytes
 
@@ -25,27 +25,13 @@ TIMER = WallTimer
 AXIS = "fsdp"
 
 
-@dataclasses.dataclass(frozen=True)
-class FsdpCase:
-    """Linear layers, one after the other.
-
-    Attributes:
-        rows: of the input, on all devices together.
-        widths: of the input, then of each layer's output.
-    """
-
-    rows: int
-    widths: tuple[int, ...]
+class FsdpCase(DenseCase):
+    """Linear layers, one after the other, their rows and weights split over all devices."""
 
     @property
     def name(self) -> str:
         """What tables and files call the case."""
-        return f"fsdp: {self.rows} rows, {' -> '.join(map(str, self.widths))}, {jax.device_count()} devices"
-
-    @property
-    def flops(self) -> float:
-        """Of a step: of the backward pass twice as many as of the forward pass."""
-        return 6.0 * self.rows * sum(k * n for k, n in itertools.pairwise(self.widths))
+        return f"fsdp: {super().name}, {jax.device_count()} devices"
 
 
 def fsdp_cases() -> list[FsdpCase]:
@@ -65,7 +51,7 @@ def run_case(case: FsdpCase, setup: Setup) -> list[Row]:
     def draw(*shape: int, scale: float = 1.0) -> jax.Array:
         return jax.device_put(normal(next(keys), *shape) * jnp.bfloat16(scale), split)
 
-    x, dout = draw(case.rows, case.widths[0]), draw(case.rows, case.widths[-1])
+    x, dout = draw(case.m, case.widths[0]), draw(case.m, case.widths[-1])
     weights = [draw(k, n, scale=k**-0.5) for k, n in itertools.pairwise(case.widths)]
 
     def step(dot: Any) -> Call:
@@ -86,8 +72,8 @@ def run_case(case: FsdpCase, setup: Setup) -> list[Row]:
     result, expected = calls[OWN].first(), bf16.first()
     if "xla-bf16" in setup.peers:
         calls["xla-bf16"] = bf16
-    problem = dict(group="fsdp", m=case.rows, widths=list(case.widths), devices=devices, cold=False)
-    row = Row(case.name, problem, case.flops, float(stored_bytes(x, weights, dout, result)))
+    problem = dict(group="fsdp", m=case.m, widths=list(case.widths), devices=devices, cold=False)
+    row = Row(case.name, problem, 3 * case.flops, float(stored_bytes(x, weights, dout, result)))
     row.measured(setup, calls)
     pairs = zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True)
     row.checks["largest difference from bf16"] = max(accuracy.difference(a, b) for a, b in pairs)
