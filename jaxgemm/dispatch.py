@@ -74,8 +74,6 @@ def why_passed_over(implementation: str, problem: Problem, platform: str) -> str
 
 def _why_not_yet(implementation: str, problem: Problem) -> str | None:
     """Why an implementation is not taken unless it is asked for by name; None if it is."""
-    if implementation == "mosaic" and isinstance(problem, GemmProblem) and problem.kind != "dense":
-        return "its kernel for groups has not been run on a GPU yet; implementation='mosaic' asks for it"
     if implementation == "triton":
         return "its kernel has not been run on a GPU yet; implementation='triton' asks for it"
     return None
@@ -114,7 +112,8 @@ def run_quantize(
     shapes, dtype = [x.shape for x in arrays], arrays[0].dtype
     if problem.function is None or kernels.why_not(problem, dtype, shapes) is None:
         config = kernels.default_config(problem, dtype)
-        return kernels.hopper_quantize(*inputs, problem=problem, config=config, num_sms=sm_count())
+        with jax.enable_x64(False):  # kernels count in 32 bits, whatever the mode of the program that calls them
+            return kernels.hopper_quantize(*inputs, problem=problem, config=config, num_sms=sm_count())
     results = zip(reference.apply_function(problem, *arrays), problem.results(shapes), strict=True)
     passes = [(x, dataclasses.replace(plain, rows=problem.rows)) for x, (plain, _) in results]
     rest = () if sizes is None else (sizes,)
@@ -163,7 +162,8 @@ def _run_mosaic(problem: GemmProblem, *operands: Any) -> jax.Array:
     accumulate = stored.pop() if problem.accumulate else None
     computed, config = as_computed(problem), choose_config(problem).config
     run: Any = functools.partial(hopper_gemm, problem=computed, config=config, num_sms=num_sms)
-    return run(*stored, bias, sizes, accumulate).astype(problem.out_dtype)
+    with jax.enable_x64(False):  # kernels count in 32 bits, whatever the mode of the program that calls them
+        return run(*stored, bias, sizes, accumulate).astype(problem.out_dtype)
 
 
 def _run_triton(problem: GemmProblem, *operands: Any) -> jax.Array:
@@ -172,9 +172,10 @@ def _run_triton(problem: GemmProblem, *operands: Any) -> jax.Array:
     lhs_values, lhs_scales, rhs_values, rhs_scales, *rest = operands
     bias = rest[0] if problem.has_bias else None
     config, capability = choose_triton_config(problem), _capability_number()
-    return triton_gemm(
-        lhs_values, lhs_scales, rhs_values, rhs_scales, bias, problem=problem, config=config, capability=capability
-    )
+    with jax.enable_x64(False):
+        return triton_gemm(
+            lhs_values, lhs_scales, rhs_values, rhs_scales, bias, problem=problem, config=config, capability=capability
+        )
 
 
 def _why_not_hopper(platform: str) -> str | None:
@@ -197,11 +198,9 @@ def _why_not_mosaic(problem: Problem) -> str | None:
         return "columns are summed where they are scaled" if problem.column_sum and not problem.transposed else None
     if problem.kind == "k_grouped" and problem.segment_alignment != SCALE_BLOCK:
         return "each group's columns must start at a multiple of 128, as jaxgemm.quantize_grouped lays them out"
-    if problem.lhs_block_shape != ROW_BLOCK:
-        return f"lhs must have blocks of (1, 128), and has {problem.lhs_block_shape}"
-    if problem.rhs_block_shape not in (ROW_BLOCK, SQUARE_BLOCK):
-        return f"rhs must have blocks of (128, 128) or (1, 128), and has {problem.rhs_block_shape}"
-    return None
+    if problem.kind != "dense" and problem.lhs_block_shape != ROW_BLOCK:
+        return f"groups of rows need an lhs of blocks (1, 128), and it has {problem.lhs_block_shape}"
+    return _why_not_blocks(problem)
 
 
 def _why_not_triton(problem: Problem, platform: str) -> str | None:
@@ -212,11 +211,16 @@ def _why_not_triton(problem: Problem, platform: str) -> str | None:
         return "it multiplies, and does not quantise"
     if problem.kind != "dense":
         return f"it multiplies dense operands alone, and these are {problem.kind}"
+    if _capability_number() < triton_tuning.LEAST_CAPABILITY:
+        return f"it needs a GPU of compute capability 8.0 or newer, and this one has {cuda_capability()}"
+    return _why_not_blocks(problem)
+
+
+def _why_not_blocks(problem: GemmProblem) -> str | None:
+    """Which blocks no kernel takes."""
     for name, block_shape in (("lhs", problem.lhs_block_shape), ("rhs", problem.rhs_block_shape)):
         if block_shape not in (ROW_BLOCK, SQUARE_BLOCK):
             return f"{name} must have blocks of (1, 128) or (128, 128), and has {block_shape}"
-    if _capability_number() < triton_tuning.LEAST_CAPABILITY:
-        return f"it needs a GPU of compute capability 8.0 or newer, and this one has {cuda_capability()}"
     return None
 
 

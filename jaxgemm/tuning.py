@@ -19,6 +19,9 @@ SHARED_MEMORY_BYTES = 232448
 BUFFER_ALIGNMENT = 1024
 """Mosaic starts each buffer in shared memory at a multiple of this: the period of a 128-byte swizzle."""
 
+SWIZZLE_BYTES = 128
+"""A staged row of the output; what the TMA stores from shared memory starts at a multiple of this."""
+
 WAVE_ROWS = 64
 MAX_CLUSTER = 8
 STAGED_BYTES = 32768
@@ -91,6 +94,8 @@ def why_invalid(problem: GemmProblem, config: GemmConfig) -> str | None:
     rows, columns, warpgroups = config.tile_rows, config.tile_columns, config.warpgroups
     if problem.kind != "dense" and (config.share > 1 or config.split_k > 1 or config.band_along_n):
         return f"{problem.kind} groups take no clusters and bands along m: share, split_k and band_along_n must be off"
+    if problem.kind == "grouped" and not config.swap_operands and columns * problem.out_dtype.itemsize % SWIZZLE_BYTES:
+        return f"rows of a group's end are stored {SWIZZLE_BYTES} bytes at a time: {columns} columns are no multiple"
     if min(problem.m, problem.n, problem.k, problem.num_groups) < 1:
         return f"m, n, k and g must be positive, got {problem.m}, {problem.n}, {problem.k}, {problem.num_groups}"
     if any(shape not in ((1, SCALE_BLOCK), (SCALE_BLOCK, SCALE_BLOCK)) for shape in _block_shapes(problem)):

@@ -82,7 +82,7 @@ def test_a_scale_wrong_in_one_block_is_seen():
         assert_close(wrong, oracle(lhs, rhs))
 
 
-@pytest.mark.parametrize("m, n, k", [(64, 200, 512), (33, 128, 7168)])
+@pytest.mark.parametrize("m, n, k", [(64, 200, 512), (33, 128, 7168), (23, 200, 4096)])
 def test_near_the_unquantised_product(m, n, k, implementation):
     x, w = random(0, m, k), random(1, n, k)
     out = f32_gemm(jaxgemm.quantize(x), jaxgemm.quantize(w, SQUARE), implementation=implementation)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import E5M2, ROW, SQUARE, activate, assert_close, difference, random
+from support import REQUANTISED, SAME, E5M2, ROW, SQUARE, activate, assert_close, difference, random
 
 import jaxgemm
 from jaxgemm import DEEPSEEK, Recipe
@@ -128,11 +128,11 @@ def test_value_and_gradients_are_the_quantised_maths(kind, activation, sizes, re
     expected, expected_gradients = quantised_maths(
         jax.tree.map(np.asarray, arguments), np.asarray(dout), activation, recipe
     )
-    assert_close(out, expected)
+    assert_close(out, expected, REQUANTISED)
     assert gradients.keys() == arguments.keys()
     for name, gradient in gradients.items():
-        assert_close(np.atleast_2d(gradient), np.atleast_2d(expected_gradients[name]))
-    assert_close(jax.jit(lambda a: jaxgemm.fp8_mlp(**a, **options))(arguments), out, 1e-9)
+        assert_close(np.atleast_2d(gradient), np.atleast_2d(expected_gradients[name]), REQUANTISED)
+    assert_close(jax.jit(lambda a: jaxgemm.fp8_mlp(**a, **options))(arguments), out, SAME)
 
 
 def layer_by_layer(x, w_up, w_down, w_gate=None, bias_up=None, bias_down=None, bias_gate=None):
@@ -169,7 +169,7 @@ def test_gate_within_w_up_is_the_same_layer():
     joined["bias_up"] = jnp.stack([arguments["bias_gate"], arguments["bias_up"]])
     (out, gradients), (expected, apart) = jax.jit(run)(joined, dout), jax.jit(run)(arguments, dout)
     np.testing.assert_array_equal(out, expected)
-    assert_close(gradients["x"], apart["x"], 1e-9)
+    assert_close(gradients["x"], apart["x"], SAME)
     np.testing.assert_array_equal(gradients["w_up"][:, 0], apart["w_gate"])
     np.testing.assert_array_equal(gradients["w_up"][:, 1], apart["w_up"])
     np.testing.assert_allclose(gradients["bias_up"][0], apart["bias_gate"], rtol=1e-5, atol=1e-5)
@@ -207,7 +207,7 @@ def test_vmap_over_a_weight():
     one = jax.jit(run)
     for i in range(2):
         expected = one({**arguments, "w_gate": many[i]}, dout)
-        jax.tree.map(lambda a, b, i=i: assert_close(a[i], b, 1e-9), batched, expected)
+        jax.tree.map(lambda a, b, i=i: assert_close(a[i], b, SAME), batched, expected)
 
 
 def residual_bytes(function, *args):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import ROW, SQUARE, assert_close, operands, oracle, random
+from support import SAME, ROW, SQUARE, assert_close, operands, oracle, random
 
 import jaxgemm
 
@@ -155,7 +155,7 @@ def test_disable_jit_of_gradients():
     expected = gradient(x, w)
     with jax.disable_jit():
         for a, b in zip(gradient(x, w), expected, strict=True):
-            assert_close(a, b, 1e-9)
+            assert_close(a, b, SAME)
 
 
 def test_nested_vmap_of_gradients_over_different_operands():
@@ -164,7 +164,7 @@ def test_nested_vmap_of_gradients_over_different_operands():
     nested = jax.vmap(jax.vmap(gradient, (None, 0, None)), (0, None, None))(x, w, bias)
     for i, j in itertools.product(range(2), range(3)):
         for a, b in zip(jax.tree.map(lambda g, i=i, j=j: g[i, j], nested), gradient(x[i], w[j], bias), strict=True):
-            assert_close(np.atleast_1d(a), np.atleast_1d(b), 1e-9)
+            assert_close(np.atleast_1d(a), np.atleast_1d(b), SAME)
 
 
 def test_x64_mode():

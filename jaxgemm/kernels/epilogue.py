@@ -11,9 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxgemm.kernels.wave import ACCUMULATOR_LAYOUT, WAVE_ROWS, load
-from jaxgemm.tuning import STAGED_BYTES
-
-SWIZZLE_BYTES = 128
+from jaxgemm.tuning import STAGED_BYTES, SWIZZLE_BYTES
 
 
 def activate(values: jax.Array, activation: str | None) -> jax.Array:
@@ -149,9 +147,23 @@ def store_wave_transposed(
         first += part.shape[1]
     plgpu.commit_smem()
 
+    # NOTE: a contiguous window that is not swizzled goes out as a bulk copy, which is cut off at the array's end alone.
+    may_be_bulk = WAVE_ROWS * out_smem.dtype.itemsize != SWIZZLE_BYTES
+    if may_be_bulk and out_gmem.shape[1] == WAVE_ROWS:
+        most = jnp.int32(out_smem.shape[0]) if rows_left is None else rows_left
+        rows_left = lax.min(out_gmem.shape[0] - column, most)
+
     def store_rows(offset, length):
-        window = pl.ds(column + offset, length), pl.ds(row, WAVE_ROWS)
-        plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(offset, length)], out_gmem.at[window], commit_group=False)
+        def store_columns(count):
+            window = pl.ds(column + offset, length), pl.ds(row, count)
+            source = out_smem.at[pl.ds(offset, length), pl.ds(0, count)]
+            plgpu.copy_smem_to_gmem(source, out_gmem.at[window], commit_group=False)
+
+        past_the_end = out_gmem.shape[1] % WAVE_ROWS
+        if length > 1 or not may_be_bulk or not past_the_end:
+            return store_columns(WAVE_ROWS)
+        pl.when(row + WAVE_ROWS <= out_gmem.shape[1])(lambda: store_columns(WAVE_ROWS))
+        pl.when(row + WAVE_ROWS > out_gmem.shape[1])(lambda: store_columns(past_the_end))
 
     _store_ladder(store_rows, out_smem.shape[0], rows_left)
     plgpu.commit_smem_to_gmem_group()

@@ -14,11 +14,14 @@ from jax import lax
 
 from jaxgemm import layout
 from jaxgemm.kernels.schedule import DenseSchedule, KRange, Tile
-from jaxgemm.layout import SCALE_BLOCK, cdiv
+from jaxgemm.layout import SCALE_BLOCK, align_up, cdiv
 from jaxgemm.problem import GemmProblem
 
-FIELDS = 4
-"""Of a tile of rows in its table: group, first row, rows left in the group, k tiles."""
+FIELDS = 5
+"""Of a tile of rows in its table: group, first row, rows left in the group, k tiles, where its scales start."""
+
+SCALE_ALIGNMENT = layout.TMA_ALIGNMENT_BYTES // 4
+"""Float32 scales that the TMA can start to read at are those of every so manieth row."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +63,11 @@ class RowGroupSchedule:
         row_tiles = lax.max(self.table[0], jnp.int32(1))
         index = lax.min(index, row_tiles * self.column_tiles - 1)
         row, column = self._place(index, row_tiles)
-        group, start, left, k_tiles = (self.table[1 + i * self.most_row_tiles + row] for i in range(FIELDS))
-        starts = (column * self.tile_n, start) if self.swap_operands else (start, column * self.tile_n)
-        return Tile(*starts, KRange(0, k_tiles), group, left)
+        group, start, left, k_tiles, scales = (self.table[1 + i * self.most_row_tiles + row] for i in range(FIELDS))
+        starts, scale_starts = (start, column * self.tile_n), (scales, column * self.tile_n)
+        if self.swap_operands:
+            starts, scale_starts = starts[::-1], scale_starts[::-1]
+        return Tile(*starts, KRange(0, k_tiles), group, left, scale_starts)
 
     def _place(self, index: jax.Array, row_tiles: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The tile of rows and of columns of a number."""
@@ -114,6 +119,7 @@ class Segments(NamedTuple):
     start: jax.Array
     left: jax.Array
     k_tiles: jax.Array
+    scales: jax.Array
 
 
 def most_row_tiles(problem: GemmProblem, tile_m: int) -> int:
@@ -132,8 +138,8 @@ def row_table(problem: GemmProblem, tile_m: int, sizes: jax.Array) -> jax.Array:
         sizes: int32 `[g]`: `group_sizes` or `masked_m`.
 
     Returns:
-        int32 `[1 + 4 * most_row_tiles]`: how many there are, then of each its group, its first row, the rows left from
-        there to the end of the group (0 if past it), and its k tiles (0 if it is to be zero).
+        int32 `[1 + 5 * most_row_tiles]`: how many there are, then of each its group, its first row, the rows left from
+        there to the end of the group (0 if past it), its k tiles (0 if it is to be zero), and where its scales start.
     """
     segments = (_masked_segments if problem.kind == "masked" else _contiguous_segments)(problem, tile_m, sizes)
     number = jnp.arange(segments.tiles.shape[0])
@@ -146,6 +152,7 @@ def row_table(problem: GemmProblem, tile_m: int, sizes: jax.Array) -> jax.Array:
         segments.start[segment] + before,
         jnp.maximum(segments.left[segment] - before, 0),
         segments.k_tiles[segment],
+        segments.scales[segment] + before,
     )
     return jnp.concatenate([ends[-1:], *fields]).astype(jnp.int32)
 
@@ -155,13 +162,34 @@ def _contiguous_segments(problem: GemmProblem, tile_m: int, sizes: jax.Array) ->
     offsets = layout.group_offsets(sizes, problem.m)
     ends = jnp.append(offsets[1:], problem.m)
     group = jnp.arange(problem.num_groups + 1)
+    scales = layout.aligned_group_offsets(jnp.diff(offsets), SCALE_ALIGNMENT)
     return Segments(
         tiles=(ends - offsets + (tile_m - 1)) // tile_m,
         group=jnp.minimum(group, problem.num_groups - 1),
         start=offsets,
         left=ends - offsets,
         k_tiles=jnp.where(group < problem.num_groups, cdiv(problem.k, SCALE_BLOCK), 0),
+        scales=scales,
     )
+
+
+def scales_by_group(problem: GemmProblem, scales: jax.Array, sizes: jax.Array) -> jax.Array:
+    """Moves the 1x128 scales of contiguous groups to where the TMA can read them.
+
+    The TMA reads a row of numbers from any multiple of 16 bytes on, and groups start anywhere.
+
+    Args:
+        problem: "grouped".
+        scales: float32 `[k tiles, align_up(m, 4)]`.
+        sizes: int32 `[g]`.
+
+    Returns:
+        float32 `[k tiles, *]`, in which each group starts at a multiple of four; what belongs to none is undefined.
+    """
+    offsets = layout.group_offsets(sizes, problem.m)
+    capacity = align_up(layout.aligned_capacity(problem.m, problem.num_groups, SCALE_ALIGNMENT), SCALE_ALIGNMENT)
+    source, _, _ = layout.aligned_source_rows(offsets, capacity, SCALE_ALIGNMENT)
+    return jnp.take(scales, source, axis=1, mode="clip")
 
 
 def _masked_segments(problem: GemmProblem, tile_m: int, masked_m: jax.Array) -> Segments:
@@ -173,12 +201,11 @@ def _masked_segments(problem: GemmProblem, tile_m: int, masked_m: jax.Array) -> 
     group = jnp.arange(problem.num_groups)
     tiles = (valid + (tile_m - 1)) // tile_m
     k_tiles = jnp.full_like(tiles, cdiv(problem.k, SCALE_BLOCK))
-    segments = Segments(tiles, group, jnp.zeros_like(tiles), valid, k_tiles)
+    none = jnp.zeros_like(tiles)
+    segments = Segments(tiles, group, none, valid, k_tiles, scales=none)
     if problem.fill == "unspecified":
         return segments
-    past = Segments(
-        cdiv(problem.m, tile_m) - tiles, group, tiles * tile_m, jnp.zeros_like(tiles), jnp.zeros_like(tiles)
-    )
+    past = Segments(cdiv(problem.m, tile_m) - tiles, group, tiles * tile_m, none, none, scales=none)
     return Segments(*(jnp.concatenate(pair) for pair in zip(segments, past, strict=True)))
 
 

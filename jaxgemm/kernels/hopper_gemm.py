@@ -28,6 +28,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxgemm.kernels import split_k
 from jaxgemm.kernels.finish import Finish
+from jaxgemm.kernels.group_schedule import scales_by_group
 from jaxgemm.kernels.mainloop import (
     Operand,
     OperandRefs,
@@ -54,6 +55,7 @@ from jaxgemm.kernels.wave import (
     multiply_wave_portable,
     open_turns,
 )
+from jaxgemm.layout import pad_trailing
 from jaxgemm.problem import GemmProblem
 from jaxgemm.tuning import GemmConfig
 
@@ -91,7 +93,7 @@ def load_role(plan: Plan, schedule: TileSchedule, sides: Sides, bias_gmem: Any, 
 
         start = tile.row_start if plan.config.swap_operands else tile.column_start
         if tile.group is not None:
-            start = tile.group * plan.problem.n + start
+            start = tile.group * plan.bias_pitch + start
         slab = bias_gmem.at[pl.ds(start, plan.bias_slab)]
         plgpu.copy_gmem_to_smem(slab, smem["bias_smem"], smem["bias_full"])
 
@@ -144,12 +146,12 @@ def compute_role(
         return [load_block_scales(side, tile.group, start) for side, start in zip(sides, starts, strict=True)]
 
     def finish_split_wave(sums, tile):
-        rank, width = lax.axis_index(SPLIT_AXIS), plan.output_columns
+        rank, columns = lax.axis_index(SPLIT_AXIS), plan.columns.tile
         total = split_k.sum_slice(sums, smem["partial_smem"].at[warpgroup], smem["ready_barrier"], config.split_k, rank)
 
-        @pl.when(rank * width < plan.columns.tile)
+        @pl.when(rank * plan.output_columns < columns)
         def finish_slice():
-            finish.wave([total], tile, first_row, rank * width)
+            finish.wave([total], tile, first_row, split_k.slice_start(columns, config.split_k, rank))
 
         # No block may go on while another still reads its partial sums.
         plgpu.barrier_arrive(smem["used_barrier"])
@@ -251,9 +253,11 @@ def hopper_gemm(
         scales if operand.scale_per_row else scales.reshape(-1)
         for operand, scales in ((plan.lhs, lhs_scales), (plan.rhs, rhs_scales))
     )
+    if problem.kind == "grouped" and sizes is not None and plan.lhs.scale_per_row:
+        lhs_scales = scales_by_group(problem, lhs_scales, sizes)
     operands = [lhs_values, lhs_scales, rhs_values, rhs_scales]
     if bias is not None:
-        operands.append(bias.reshape(-1))
+        operands.append(bias if problem.kind == "dense" else pad_trailing(bias, (plan.bias_pitch,)).reshape(-1))
     if sizes is not None:
         operands.append(plan.group_table(sizes))
     if adds:

@@ -167,10 +167,11 @@ def load_tile(
             plgpu.barrier_wait(empty_barrier.at[slot])
 
         barrier = full_barrier.at[slot]
-        for (operand, refs), start in zip(operands, (tile.row_start, tile.column_start), strict=True):
+        starts = tile.row_start, tile.column_start
+        for (operand, refs), start, scale_start in zip(operands, starts, tile.scale_starts or starts, strict=True):
             group = (tile.group,) if operand.num_groups else ()
             if operand.scale_per_row:
-                slab = *group, k_index, pl.ds(start, operand.slab)
+                slab = *group, k_index, pl.ds(scale_start, operand.slab)
                 plgpu.copy_gmem_to_smem(refs.scales_gmem.at[slab], refs.scales_smem.at[slot], barrier)
             box = *group, pl.ds(start, operand.tile), pl.ds(k_index * TILE_K, TILE_K)
             axes = SHARE_AXIS if operand.multicast else None

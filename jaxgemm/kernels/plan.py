@@ -12,7 +12,7 @@ from jaxgemm.kernels.group_schedule import KGroupSchedule, RowGroupSchedule, k_t
 from jaxgemm.kernels.mainloop import Operand, loads_scales_late, operand_buffers
 from jaxgemm.kernels.schedule import LOCAL_AXIS, SHARE_AXIS, DenseSchedule, TileSchedule
 from jaxgemm.kernels.wave import TILE_K, WAVE_ROWS
-from jaxgemm.layout import align_up, cdiv
+from jaxgemm.layout import TMA_ALIGNMENT_BYTES, align_up, cdiv
 from jaxgemm.problem import GemmProblem
 from jaxgemm.tuning import GemmConfig
 
@@ -65,8 +65,13 @@ class Plan:
     @property
     def padded_n(self) -> int:
         """Columns of the output as stored: each row a multiple of 16 bytes, as TMA demands, if TMA stores it."""
-        aligned = align_up(self.problem.n, 16 // self.problem.out_dtype.itemsize)
+        aligned = align_up(self.problem.n, TMA_ALIGNMENT_BYTES // self.problem.out_dtype.itemsize)
         return self.problem.n if self.stores_masked else aligned
+
+    @property
+    def bias_pitch(self) -> int:
+        """Biases from one group's to the next one's: each starts at a multiple of 16 bytes, whatever its dtype."""
+        return align_up(self.problem.n, TMA_ALIGNMENT_BYTES // 2)
 
     @property
     def bias_slab(self) -> int:

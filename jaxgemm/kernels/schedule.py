@@ -44,6 +44,7 @@ class Tile(NamedTuple):
         k: its k tiles.
         group: its group; None if there are none.
         rows_left: rows of lhs from its start to the end of its group, 0 if past it; None if every row counts.
+        scale_starts: where its 1x128 scales start on either side; None if where its rows do.
     """
 
     row_start: jax.Array
@@ -51,6 +52,7 @@ class Tile(NamedTuple):
     k: KRange
     group: jax.Array | None = None
     rows_left: jax.Array | None = None
+    scale_starts: tuple[jax.Array, jax.Array] | None = None
 
 
 class TileSchedule(Protocol):

@@ -27,6 +27,12 @@ def slice_columns(tile_columns: int, split_k: int) -> int:
     return max(MIN_SLICE, cdiv(tile_columns, split_k * MIN_SLICE) * MIN_SLICE)
 
 
+def slice_start(tile_columns: int, split_k: int, rank: jax.Array) -> jax.Array:
+    """First column of the tile that a block adds up: the last slices overlap where they do not divide the tile."""
+    width = slice_columns(tile_columns, split_k)
+    return lax.min(rank * width, jnp.int32(tile_columns - width))
+
+
 def partial_buffer(num_warpgroups: int, tile_columns: int) -> Any:
     """The shared-memory type of a block's partial sums; rows are spread over the banks."""
     return plgpu.SMEM((num_warpgroups, WAVE_ROWS, partial_pitch(tile_columns)), jnp.float32)
@@ -38,7 +44,7 @@ def exchange_barrier(num_warpgroups: int) -> Any:
 
 
 def sum_slice(sums: jax.Array, partial_smem: Any, ready_barrier: Any, split_k: int, rank: jax.Array) -> jax.Array:
-    """Publishes this block's partial sums of a wave and returns the total of its slice of the columns.
+    """Publishes this block's partial sums of a wave and returns the total of its slice, from `slice_start` on.
 
     Args:
         sums: float32 `[64, tile_columns]`, this block's part.
@@ -48,7 +54,7 @@ def sum_slice(sums: jax.Array, partial_smem: Any, ready_barrier: Any, split_k: i
         rank: this block's number among them.
 
     Returns:
-        float32 `[64, slice]`. Blocks past the last slice return an undefined array.
+        float32 `[64, slice]`; where slices overlap, each block's total is the same.
     """
     columns = sums.shape[1]
     partial_smem[:, :columns] = sums
@@ -56,8 +62,7 @@ def sum_slice(sums: jax.Array, partial_smem: Any, ready_barrier: Any, split_k: i
     plgpu.barrier_arrive(ready_barrier)
     plgpu.barrier_wait(ready_barrier)
     width = slice_columns(columns, split_k)
-    start = lax.min(rank * width, columns - width)
-    window = partial_smem.at[:, pl.ds(start, width)]
+    window = partial_smem.at[:, pl.ds(slice_start(columns, split_k, rank), width)]
     parts = [
         load(plgpu.cluster_ref(window, {SPLIT_AXIS: jnp.int32(peer)}), layout=ACCUMULATOR_LAYOUT, optimized=False)
         for peer in range(split_k)

@@ -25,6 +25,7 @@ from kernel_support import (
     stored_shapes,
 )
 
+from jaxgemm.kernels import split_k
 from jaxgemm.kernels.hopper_gemm import hopper_gemm
 from jaxgemm.problem import GemmProblem
 from jaxgemm.tuning import SHARED_MEMORY_BYTES, GemmConfig, choose_config, shared_memory_bytes, why_invalid
@@ -84,6 +85,20 @@ def test_matches_the_dequantized_product(case):
     out, expected = run(described, config, poison=True)
     assert out.dtype == described.out_dtype
     assert_close(out, expected, BOUNDS[described.out_dtype])
+
+
+@pytest.mark.parametrize("split", [2, 3, 4, 8])
+@pytest.mark.parametrize("columns", range(8, 129, 8))
+def test_blocks_that_share_out_k_store_every_column(columns, split):
+    """The interpreter cannot read another block's shared memory: this is what it would have shown."""
+    width = split_k.slice_columns(columns, split)
+    stored = np.zeros(columns, bool)
+    for rank in range(split):
+        if rank * width < columns:
+            start = int(split_k.slice_start(columns, split, jnp.int32(rank)))
+            assert 0 <= start <= columns - width
+            stored[start : start + width] = True
+    assert stored.all()
 
 
 @interpreted
