@@ -122,6 +122,13 @@ def why_invalid(problem: GemmProblem, config: GemmConfig) -> str | None:
 
 def shared_memory_bytes(problem: GemmProblem, config: GemmConfig) -> int:
     """Shared memory of a block: every buffer aligned, eight bytes a barrier."""
+    chunk_bytes, _ = _chunks_of_wave(problem, config)
+    staged = config.warpgroups * staged_chunks(problem, config) * chunk_bytes
+    return _bytes_before_staging(problem, config) + _aligned(staged)
+
+
+def _bytes_before_staging(problem: GemmProblem, config: GemmConfig) -> int:
+    """Shared memory of a block apart from where it stages the output."""
     k_tiles = cdiv(problem.k, SCALE_BLOCK)
     total = 0
     for tile, shape in zip((config.tile_m, config.tile_n), _block_shapes(problem), strict=True):
@@ -129,19 +136,34 @@ def shared_memory_bytes(problem: GemmProblem, config: GemmConfig) -> int:
         by_row = 4 * config.stages * align_up(tile, 32)
         by_block = 4 * config.warpgroups * blocks * align_up(k_tiles, 128)
         total += _aligned(config.stages * tile * SCALE_BLOCK) + _aligned(by_row if shape[0] == 1 else by_block)
-    itemsize = problem.out_dtype.itemsize
-    stored = config.tile_columns
     if config.split_k > 1:
-        stored = max(8, cdiv(stored, config.split_k * 8) * 8)
         total += _aligned(4 * config.warpgroups * WAVE_ROWS * partial_pitch(config.tile_columns)) + 16
-    wave = WAVE_ROWS * stored * itemsize
-    if not config.swap_operands:
-        chunk = WAVE_ROWS * math.gcd(128, stored * itemsize)
-        wave = min(wave, max(1, STAGED_BYTES // chunk) * chunk)
-    total += _aligned(config.warpgroups * wave)
     if problem.has_bias:
         total += _aligned(4 * align_up(config.tile_n, 64)) + 16
     return total + 16 * config.stages
+
+
+def staged_chunks(problem: GemmProblem, config: GemmConfig) -> int:
+    """Chunks of the output that a warpgroup stages before it stores them: of all its waves if they fit, else of one.
+
+    A chunk is 64 rows of at most 128 bytes. Waves that are staged together are waited for once.
+    """
+    chunk_bytes, of_wave = _chunks_of_wave(problem, config)
+    most = max(1, STAGED_BYTES // chunk_bytes)
+    together, apart = (min(of_wave * waves, most) for waves in (config.num_waves, 1))
+    rest = _bytes_before_staging(problem, config)
+    fits = rest + _aligned(config.warpgroups * together * chunk_bytes) <= SHARED_MEMORY_BYTES
+    return together if fits else apart
+
+
+def _chunks_of_wave(problem: GemmProblem, config: GemmConfig) -> tuple[int, int]:
+    """Bytes of a chunk of the output, and how many a wave has; one that is stored transposed has a single one."""
+    columns = config.tile_columns
+    if config.split_k > 1:
+        columns = max(8, cdiv(columns, config.split_k * 8) * 8)
+    row_bytes = columns * problem.out_dtype.itemsize
+    chunk = row_bytes if config.swap_operands else math.gcd(SWIZZLE_BYTES, row_bytes)
+    return WAVE_ROWS * chunk, row_bytes // chunk
 
 
 def partial_pitch(columns: int) -> int:

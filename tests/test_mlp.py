@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import REQUANTISED, SAME, E5M2, ROW, SQUARE, activate, assert_close, difference, random
+from support import E5M2, REQUANTISED, ROW, SAME, SQUARE, activate, assert_close, difference, random
 
 import jaxgemm
 from jaxgemm import DEEPSEEK, Recipe

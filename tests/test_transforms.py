@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import SAME, ROW, SQUARE, assert_close, operands, oracle, random
+from support import ROW, SAME, SQUARE, assert_close, operands, oracle, random
 
 import jaxgemm
 

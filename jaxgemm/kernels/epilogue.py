@@ -11,7 +11,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxgemm.kernels.wave import ACCUMULATOR_LAYOUT, WAVE_ROWS, load
-from jaxgemm.tuning import STAGED_BYTES, SWIZZLE_BYTES
+from jaxgemm.problem import GemmProblem
+from jaxgemm.tuning import SWIZZLE_BYTES, GemmConfig, staged_chunks
 
 
 def activate(values: jax.Array, activation: str | None) -> jax.Array:
@@ -31,43 +32,50 @@ def output_chunk(columns: int, out_dtype: Any) -> int:
     return swizzle // jnp.dtype(out_dtype).itemsize
 
 
-def output_buffer(num_warpgroups: int, tile_columns: int, out_dtype: Any, transposed: bool) -> Any:
-    """The shared-memory type in which each compute warpgroup stages (a part of) one wave of the output.
+def output_buffer(problem: GemmProblem, config: GemmConfig, columns: int) -> Any:
+    """The shared-memory type in which each compute warpgroup stages (a part of) its share of an output tile.
 
-    `[warpgroups, chunks, 64, chunk]`, swizzled; if the tile is computed transposed, `[warpgroups, tile_columns, 64]`.
-    """
-    if transposed:
-        row_bytes = WAVE_ROWS * jnp.dtype(out_dtype).itemsize
-        transforms = (plgpu.SwizzleTransform(SWIZZLE_BYTES),) if row_bytes == SWIZZLE_BYTES else ()
-        return plgpu.SMEM((num_warpgroups, tile_columns, WAVE_ROWS), out_dtype, transforms=transforms)
-    chunk = output_chunk(tile_columns, out_dtype)
-    chunk_bytes = chunk * jnp.dtype(out_dtype).itemsize
-    num_chunks = min(tile_columns // chunk, max(1, STAGED_BYTES // (WAVE_ROWS * chunk_bytes)))
-    shape = (num_warpgroups, num_chunks, WAVE_ROWS, chunk)
-    return plgpu.SMEM(shape, out_dtype, transforms=(plgpu.SwizzleTransform(chunk_bytes),))
-
-
-def add_bias(sums: list[jax.Array], bias_smem: Any, row: jax.Array, transposed: bool) -> list[jax.Array]:
-    """Adds `bias [n]`, along the columns, or along the rows of a transposed tile.
+    `[warpgroups, chunks, 64, chunk]`, swizzled; if the tile is computed transposed, `[warpgroups, columns, 64]`.
 
     Args:
-        sums: float32 chunks `[64, chunk]` of one wave.
+        problem: what is computed.
+        config: tiles.
+        columns: of the tile as computed, that a block stores.
+    """
+    itemsize = problem.out_dtype.itemsize
+    if config.swap_operands:
+        transforms = (plgpu.SwizzleTransform(SWIZZLE_BYTES),) if WAVE_ROWS * itemsize == SWIZZLE_BYTES else ()
+        return plgpu.SMEM((config.warpgroups, columns, WAVE_ROWS), problem.out_dtype, transforms=transforms)
+    chunk = output_chunk(columns, problem.out_dtype)
+    shape = (config.warpgroups, staged_chunks(problem, config), WAVE_ROWS, chunk)
+    return plgpu.SMEM(shape, problem.out_dtype, transforms=(plgpu.SwizzleTransform(chunk * itemsize),))
+
+
+def load_bias(bias_smem: Any, row: Any, parts: list[jax.Array], transposed: bool) -> list[jax.Array]:
+    """Loads the `bias [n]` of a wave, one vector a chunk: along the columns, or along the rows of a transposed tile.
+
+    Args:
         bias_smem: the tile's slice of the bias.
         row: the wave's first row within the tile.
+        parts: chunks `[64, chunk]` of the wave.
         transposed: whether n lies along the rows.
 
     Returns:
-        The sums with the bias.
+        float32 vectors, to be broadcast over the chunks.
     """
-    biased, column = [], 0
-    for part in sums:
-        width = part.shape[1]
-        start, length, axis = (row, WAVE_ROWS, 0) if transposed else (column, width, 1)
+    biases, column = [], 0
+    for part in parts:
+        start, length, axis = (row, WAVE_ROWS, 0) if transposed else (column, part.shape[1], 1)
         window = bias_smem.at[pl.ds(start, length)]
-        bias = load(window, layout=ACCUMULATOR_LAYOUT.reduce(1 - axis)).astype(jnp.float32)
-        biased.append(part + lax.broadcast_in_dim(bias, part.shape, [axis]))
-        column += width
-    return biased
+        biases.append(load(window, layout=ACCUMULATOR_LAYOUT.reduce(1 - axis)).astype(jnp.float32))
+        column += part.shape[1]
+    return biases
+
+
+def add_bias(parts: list[jax.Array], biases: list[jax.Array], transposed: bool) -> list[jax.Array]:
+    """Adds what `load_bias` returned."""
+    axes = [0 if transposed else 1]
+    return [part + lax.broadcast_in_dim(bias, part.shape, axes) for part, bias in zip(parts, biases, strict=True)]
 
 
 def zero_masked(
@@ -93,52 +101,74 @@ def zero_masked(
     return kept
 
 
-def store_wave(
-    sums: list[jax.Array],
+def store_waves(
+    waves: list[list[jax.Array]],
     out_smem: Any,
     out_gmem: Any,
-    row: jax.Array,
+    rows: list[jax.Array],
     column: jax.Array,
-    rows_left: Any = None,
+    rows_left: list[Any],
     adds: bool = False,
 ) -> None:
-    """Stores one wave as `[64, tile_columns]` of the output; what lies past its end is clipped by TMA.
+    """Stores the waves of a warpgroup, each `[64, tile_columns]` of the output; the TMA clips what is past its end.
 
     NOTE: the store is awaited only before the buffer is written again, so that it overlaps the next tile.
 
     Args:
-        sums: float32 chunks `[64, chunk]`.
-        out_smem: this warpgroup's part of the buffer.
+        waves: float32 chunks `[64, chunk]` of each wave.
+        out_smem: this warpgroup's part of the buffer; as many chunks as it holds are stored together.
         out_gmem: the output `[m, n]`.
-        row: first row of the output.
+        rows: first row of the output of each wave.
         column: first column of the output.
-        rows_left: how many of the rows to store, at most (int32 scalar; may be negative); None for all.
+        rows_left: of each wave, how many rows to store, at most (int32 scalar; may be negative); None for all.
         adds: whether to add to what the output holds; each element once, so the result is the same in every run.
     """
-    copy = functools.partial(plgpu.copy_smem_to_gmem, commit_group=False, reduction_op="add" if adds else None)
     num_chunks, chunk = out_smem.shape[0], out_smem.shape[-1]
-    pieces = [part[:, i : i + chunk] for part in sums for i in range(0, part.shape[1], chunk)]
+    pieces = [
+        (wave, first + i, part[:, i : i + chunk])
+        for wave, parts in enumerate(waves)
+        for part, first in zip(parts, _starts(parts), strict=True)
+        for i in range(0, part.shape[1], chunk)
+    ]
     for first in range(0, len(pieces), num_chunks):
         staged = pieces[first : first + num_chunks]
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        for index, piece in enumerate(staged):
+        for index, (_, _, piece) in enumerate(staged):
             out_smem[index] = piece.astype(out_smem.dtype)
         plgpu.commit_smem()
-
-        def store_rows(offset, length, first=first, staged=staged):
-            for index in range(len(staged)):
-                window = pl.ds(row + offset, length), pl.ds(column + (first + index) * chunk, chunk)
-                source = out_smem.at[index, pl.ds(offset, length)]
-                copy(source, out_gmem.at[window])
-
-        _store_ladder(store_rows, WAVE_ROWS, rows_left)
+        for wave in sorted({wave for wave, _, _ in staged}):
+            places = [(index, start) for index, (of, start, _) in enumerate(staged) if of == wave]
+            store = functools.partial(_store_chunks, out_smem, out_gmem, rows[wave], column, places, adds)
+            _store_ladder(store, WAVE_ROWS, rows_left[wave])
         plgpu.commit_smem_to_gmem_group()
+
+
+def _starts(parts: list[jax.Array]) -> list[int]:
+    """The first column of each chunk of a wave."""
+    return [sum(part.shape[1] for part in parts[:i]) for i in range(len(parts))]
+
+
+def _store_chunks(
+    out_smem: Any,
+    out_gmem: Any,
+    row: Any,
+    column: Any,
+    places: list[tuple[int, int]],
+    adds: bool,
+    offset: Any,
+    length: int,
+) -> None:
+    """Starts to store `length` rows from `offset` on of staged chunks, each `(where it is staged, its column)`."""
+    for index, start in places:
+        window = out_gmem.at[pl.ds(row + offset, length), pl.ds(column + start, out_smem.shape[-1])]
+        source = out_smem.at[index, pl.ds(offset, length)]
+        plgpu.copy_smem_to_gmem(source, window, commit_group=False, reduction_op="add" if adds else None)
 
 
 def store_wave_transposed(
     sums: list[jax.Array], out_smem: Any, out_gmem: Any, row: jax.Array, column: jax.Array, rows_left: Any = None
 ) -> None:
-    """Stores one wave `[64, tile_columns]` as `[tile_columns, 64]` of the output; arguments as for `store_wave`."""
+    """Stores one wave `[64, tile_columns]` as `[tile_columns, 64]` of the output; arguments as for `store_waves`."""
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     first = 0
     for part in sums:

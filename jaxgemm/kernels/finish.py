@@ -11,6 +11,7 @@ from jaxgemm.kernels import epilogue
 from jaxgemm.kernels.masked_store import store_masked
 from jaxgemm.kernels.plan import Plan
 from jaxgemm.kernels.schedule import Tile
+from jaxgemm.kernels.wave import WAVE_ROWS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,24 +32,53 @@ class Finish:
     out_gmem: Any
     adds: bool
 
+    def waves(self, sums: list[list[jax.Array]], tile: Tile, first_row: Any) -> None:
+        """Stores all waves of a tile, `[64, chunk]` each part; `first_row` is where they start in the tile."""
+        plan, swap = self.plan, self.plan.config.swap_operands
+        rows = [first_row + wave * WAVE_ROWS for wave in range(len(sums))]
+        if plan.stores_masked or swap:
+            for parts, row in zip(sums, rows, strict=True):
+                self.wave(parts, tile, row, 0)
+            return
+        biases = self._load_bias(sums[0], 0)  # along the columns: the same for every wave
+        finished = [self._finish(parts, tile, row, 0, biases) for parts, row in zip(sums, rows, strict=True)]
+        rows_left = [tile.rows_left - row if plan.stores_ragged else None for row in rows]
+        starts = [tile.row_start + row for row in rows]
+        epilogue.store_waves(
+            finished, self.out_smem, self._output(tile), starts, tile.column_start, rows_left, self.adds
+        )
+
     def wave(self, parts: list[jax.Array], tile: Tile, row: Any, column: Any) -> None:
-        """Stores one wave, `[64, chunk]` each part; `row` and `column` are where it starts in the tile."""
-        plan, problem, swap = self.plan, self.plan.problem, self.plan.config.swap_operands
-        if problem.has_bias:
-            parts = epilogue.add_bias(parts, self.bias_smem, row, swap)
-        parts = [epilogue.activate(part, problem.activation) for part in parts]
-        if problem.kind == "masked" and problem.fill == "zero":
-            parts = epilogue.zero_masked(parts, row, column, tile.rows_left, swap)
-        elif plan.stores_ragged and problem.has_bias:
-            parts = [part * (tile.k.num_tiles > 0).astype(jnp.float32) for part in parts]  # rows of no group
+        """Stores one wave of a tile that is computed transposed or stored masked; it starts at `row` and `column`."""
+        plan = self.plan
+        parts = self._finish(parts, tile, row, column, self._load_bias(parts, row))
         if plan.stores_masked:
             return self._store_masked(parts, tile, row, column)
-        out = self.out_gmem.at[tile.group] if len(plan.out_shape) == 3 else self.out_gmem
-        rows_left = tile.rows_left - (column if swap else row) if plan.stores_ragged else None
-        starts = tile.row_start + row, tile.column_start + column
-        if swap:
-            return epilogue.store_wave_transposed(parts, self.out_smem, out, *starts, rows_left)
-        return epilogue.store_wave(parts, self.out_smem, out, *starts, rows_left, self.adds)
+        starts, rows_left = (tile.row_start + row, tile.column_start + column), None
+        if plan.stores_ragged:
+            rows_left = tile.rows_left - column
+        return epilogue.store_wave_transposed(parts, self.out_smem, self._output(tile), *starts, rows_left)
+
+    def _output(self, tile: Tile) -> Any:
+        """The output `[m, n]`, of the tile's group if there is one for each."""
+        return self.out_gmem.at[tile.group] if len(self.plan.out_shape) == 3 else self.out_gmem
+
+    def _load_bias(self, parts: list[jax.Array], row: Any) -> list[jax.Array] | None:
+        if not self.plan.problem.has_bias:
+            return None
+        return epilogue.load_bias(self.bias_smem, row, parts, self.plan.config.swap_operands)
+
+    def _finish(self, parts: list[jax.Array], tile: Tile, row: Any, column: Any, biases: Any) -> list[jax.Array]:
+        """Bias and activation of one wave, and zeros where rows do not count."""
+        plan, problem, swap = self.plan, self.plan.problem, self.plan.config.swap_operands
+        if biases is not None:
+            parts = epilogue.add_bias(parts, biases, swap)
+        parts = [epilogue.activate(part, problem.activation) for part in parts]
+        if problem.kind == "masked" and problem.fill == "zero":
+            return epilogue.zero_masked(parts, row, column, tile.rows_left, swap)
+        if plan.stores_ragged and problem.has_bias:
+            return [part * (tile.k.num_tiles > 0).astype(jnp.float32) for part in parts]  # rows of no group
+        return parts
 
     def _store_masked(self, parts: list[jax.Array], tile: Tile, row: Any, column: Any) -> None:
         """Stores one wave element by element."""

@@ -54,6 +54,7 @@ from jaxgemm.kernels.wave import (
     multiply_wave,
     multiply_wave_portable,
     open_turns,
+    sync_warpgroup,
 )
 from jaxgemm.layout import pad_trailing
 from jaxgemm.problem import GemmProblem
@@ -111,9 +112,11 @@ def load_role(plan: Plan, schedule: TileSchedule, sides: Sides, bias_gmem: Any, 
 
 
 def compute_role(
-    plan: Plan, schedule: TileSchedule, sides: Sides, out_gmem: Any, smem: dict[str, Any], multiply: Any, adds: bool
+    plan: Plan, schedule: TileSchedule, sides: Sides, out_gmem: Any, smem: dict[str, Any], adds: bool, interpret: Any
 ) -> None:
     """A compute warpgroup: sums its rows of each tile, then stores them, or adds them to what is there."""
+    multiply = functools.partial(multiply_wave_portable if interpret else multiply_wave, num_warpgroups=plan.num_turns)
+    sync = plgpu.commit_smem if interpret else sync_warpgroup
     problem, config = plan.problem, plan.config
     warpgroup = lax.axis_index("warpgroup")
     first_row = warpgroup * (plan.num_waves * WAVE_ROWS)
@@ -123,7 +126,8 @@ def compute_role(
         slot, block_scales = carry
         for side, scales in zip(sides, block_scales, strict=True):
             keep_block_scales(side, scales, warpgroup)
-        plgpu.commit_smem()
+        if any(scales is not None for scales in block_scales):
+            sync()
         shifts = [scales and scales.shifts for scales in block_scales]
         upcoming_scales = load_scales(upcoming)
         barriers = smem["full_barrier"], smem["empty_barrier"]
@@ -133,8 +137,7 @@ def compute_role(
         if problem.has_bias:
             plgpu.barrier_wait(smem["bias_full"])
         if config.split_k == 1:
-            for wave, parts in enumerate(sums):
-                finish.wave(parts, tile, first_row + wave * WAVE_ROWS, 0)
+            finish.waves(sums, tile, first_row)
         else:
             finish_split_wave(sums[0][0], tile)
         if problem.has_bias:
@@ -175,7 +178,6 @@ def turns(warpgroup: jax.Array, num_warpgroups: int, interpret: Any) -> Iterator
 def _kernel(plan: Plan, adds: bool, interpret: Any, *refs: Any, **smem: Any) -> None:
     """One block: gives each warpgroup its registers and its role."""
     problem, config = plan.problem, plan.config
-    multiply = functools.partial(multiply_wave_portable if interpret else multiply_wave, num_warpgroups=plan.num_turns)
     lhs_refs = OperandRefs(refs[0], refs[1], smem["lhs_values_smem"], smem["lhs_scales_smem"])
     rhs_refs = OperandRefs(refs[2], refs[3], smem["rhs_values_smem"], smem["rhs_scales_smem"])
     lhs, rhs = (plan.lhs, lhs_refs), (plan.rhs, rhs_refs)
@@ -193,7 +195,7 @@ def _kernel(plan: Plan, adds: bool, interpret: Any, *refs: Any, **smem: Any) -> 
     def compute():
         plgpu.set_max_registers(compute_registers, action="increase")
         with turns(warpgroup, plan.num_turns, interpret):
-            compute_role(plan, schedule, sides, refs[-1], smem, multiply, adds)
+            compute_role(plan, schedule, sides, refs[-1], smem, adds, interpret)
 
 
 def hopper_gemm(

@@ -150,9 +150,7 @@ def scratch_types(plan: Plan, bias_dtype: Any) -> dict[str, Any]:
         rhs_scales_smem=rhs_buffers[1],
         full_barrier=plgpu.Barrier(num_arrivals=num_copies, num_barriers=config.stages),
         empty_barrier=_empty_barrier(plan),
-        out_smem=epilogue.output_buffer(
-            config.warpgroups, plan.output_columns, problem.out_dtype, config.swap_operands
-        ),
+        out_smem=epilogue.output_buffer(problem, config, plan.output_columns),
     )
     if problem.has_bias:
         types["bias_smem"] = plgpu.SMEM((plan.bias_slab,), bias_dtype)

@@ -83,6 +83,11 @@ def multiply_wave(rows_smem, columns_smem, recycled: jax.Array, num_warpgroups: 
     return issue_and_wait(rows_smem, columns_smem, recycled)
 
 
+def sync_warpgroup() -> None:
+    """Lets the threads of a warpgroup see what each of them wrote to shared memory; the TMA need not see it."""
+    plgpu.inline_mgpu()(lambda ctx: mgpu.warpgroup_barrier())()
+
+
 def open_turns(num_warpgroups: int) -> None:
     """Gives the first turn to the first warpgroup: called once by the last compute warpgroup."""
     if num_warpgroups > 1:
