@@ -35,12 +35,13 @@ def operand_sets(problem: GemmProblem, cold_bytes: float = 2e8) -> list[Operands
     Groups are equal, or differ by one row (128 columns, where they are aligned). Of a masked group `expected_m` rows
     are valid, if that is given, else all.
     """
-    weight_bytes = problem.n * problem.k * (problem.num_groups if problem.kind in ("grouped", "masked") else 1)
-    is_small = problem.kind != "k_grouped" and expected_extent(problem).m <= SMALL_ROWS
+    lhs_groups, rhs_groups = (
+        (problem.num_groups,) if has_groups else () for has_groups in problem.operands_have_groups
+    )
+    weight_bytes = problem.n * problem.k * math.prod(rhs_groups)
+    is_small = problem.kind not in ("k_grouped", "k_masked") and expected_extent(problem).m <= SMALL_ROWS
     copies = 1 + math.ceil(cold_bytes / weight_bytes) if is_small else 1
     copies = copies if copies <= MOST_WEIGHTS else 1
-    lhs_groups = (problem.num_groups,) if problem.kind == "masked" else ()
-    rhs_groups = (problem.num_groups,) if problem.kind in ("grouped", "masked") else ()
     lhs = stored_operand(0, (*lhs_groups, problem.m, problem.k), problem.lhs_block_shape, problem.lhs_dtype)
     rest = _epilogue_operands(problem)
     shape = (*rhs_groups, problem.n, problem.k)
@@ -49,7 +50,7 @@ def operand_sets(problem: GemmProblem, cold_bytes: float = 2e8) -> list[Operands
 
 
 def group_sizes(problem: GemmProblem) -> np.ndarray | None:
-    """Returns int32 sizes that split the rows (for "k_grouped" the columns) evenly; None if there are no groups.
+    """Returns int32 sizes: rows (for "k_grouped" columns) split evenly, or what is expected of a mask; None if dense.
 
     Example:
         >>> e4m3, f32 = np.dtype(jnp.float8_e4m3fn), np.dtype(jnp.float32)
@@ -60,6 +61,8 @@ def group_sizes(problem: GemmProblem) -> np.ndarray | None:
         return None
     if problem.kind == "masked":
         return np.full(problem.num_groups, expected_extent(problem).m, np.int32)
+    if problem.kind == "k_masked":
+        return np.full(problem.num_groups, problem.k, np.int32)
     step = problem.segment_alignment if problem.kind == "k_grouped" else 1
     shares = (problem.k if problem.kind == "k_grouped" else problem.m) // step
     even = np.full(problem.num_groups, shares // problem.num_groups, np.int32)

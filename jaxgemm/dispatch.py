@@ -149,6 +149,7 @@ def _run_xla(problem: GemmProblem, *operands: Any) -> jax.Array:
         "grouped": reference.grouped_gemm,
         "masked": reference.masked_grouped_gemm,
         "k_grouped": reference.k_grouped_gemm,
+        "k_masked": reference.k_masked_gemm,
     }
     return products[problem.kind](problem, lhs, rhs, addend, *rest)
 

@@ -6,7 +6,7 @@ All three kinds share one custom VJP. What differs is how rows belong to weights
 |---|---|---|
 | dense | `gemm` | `gemm`, contracting m |
 | grouped | `grouped_gemm` | `k_grouped_gemm` of segments aligned to 128 |
-| masked | `masked_grouped_gemm` | `masked_grouped_gemm` of `[g, k, max_m]`, every row valid |
+| masked | `masked_grouped_gemm` | `k_masked_gemm` of `[g, k, max_m]`, contracting the valid part of max_m |
 
 Kept for the backward pass, under these names for `jax.checkpoint` policies: `jaxgemm_lhs` (lhs transposed, one byte an
 element), `jaxgemm_rhs` (the quantised weight), `jaxgemm_pre_activation` (only if there is an activation).
@@ -22,7 +22,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxgemm import layout
-from jaxgemm.gemm import gemm, grouped_gemm, k_grouped_gemm, masked_grouped_gemm
+from jaxgemm.gemm import gemm, grouped_gemm, k_grouped_gemm, k_masked_gemm, masked_grouped_gemm
 from jaxgemm.manual_axes import sum_replicated, varying_axes
 from jaxgemm.quantize import quantize, quantize_both, quantize_function, quantize_segments, quantize_transposed
 from jaxgemm.recipe import Recipe
@@ -170,8 +170,7 @@ def wgrad(options: DotOptions, lhs: Any, dout: Any, sizes: Any = None) -> jax.Ar
         return gemm(lhs, dout, **keywords)
     if options.kind == "grouped":
         return k_grouped_gemm(lhs, dout, sizes, **keywords)
-    every_row = jnp.full(sizes.shape, lhs.rows, jnp.int32)
-    return masked_grouped_gemm(lhs, dout, every_row, fill="unspecified", **keywords)
+    return k_masked_gemm(lhs, dout, sizes, **keywords)
 
 
 def settle_gradients(options: DotOptions, *gradients: Any) -> list[Any]:

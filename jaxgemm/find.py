@@ -102,6 +102,7 @@ def describe(problem: GemmProblem) -> str:
     groups = {
         "dense": "",
         "masked": f"{problem.num_groups} groups of ",
+        "k_masked": f"{problem.num_groups} groups of ",
     }.get(problem.kind, f"{problem.num_groups} groups in ")
     expected = "" if problem.expected_m is None else f", expected_m={problem.expected_m}"
     return f"{problem.kind} {groups}{sizes}{expected}"

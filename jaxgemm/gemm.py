@@ -193,6 +193,43 @@ def k_grouped_gemm(
     return _bind(problem, implementation, lhs, rhs, accumulate, group_sizes)
 
 
+def k_masked_gemm(
+    lhs: ScaledArray,
+    rhs: ScaledArray,
+    masked_k: jax.Array,
+    *,
+    preferred_element_type: Any = jnp.float32,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Contracts the first `masked_k[g]` columns of each group: `out[g] = lhs[g, :, :k_g] @ rhs[g, :, :k_g].T`.
+
+    The weight gradient of masked groups, and not public. What a kernel reads, it reads in tiles of 128 columns: from
+    `masked_k[g]` on to the next multiple of 128, values must be zero with finite scales, as the quantiser of masked
+    rows writes them. What lies further on is never looked at.
+
+    Args:
+        lhs: `[g, m, k]`.
+        rhs: `[g, n, k]`.
+        masked_k: integer `[g]`, clipped to `[0, k]`.
+        preferred_element_type: as in `gemm`.
+        implementation: as in `gemm`.
+
+    Returns:
+        `[g, m, n]`; exact zeros for an empty group.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `gemm` does; also if masked_k is not integer `[g]`.
+
+    Example:
+        >>> from jaxgemm import quantize
+        >>> x = quantize((jnp.arange(4) < jnp.array([[0], [3]]))[:, None].astype(jnp.float32))
+        >>> k_masked_gemm(x, x, jnp.array([0, 3])).ravel().tolist()
+        [0.0, 3.0]
+    """
+    problem = make_problem("k_masked", lhs, rhs, None, masked_k, out_dtype=preferred_element_type)
+    return _bind(problem, implementation, lhs, rhs, None, masked_k)
+
+
 def _bind(
     problem: GemmProblem,
     implementation: str | None,

@@ -109,6 +109,8 @@ def local_gemm(
     parts, epilogue = operands[:4], list(operands[4:])
     if problem.kind == "k_grouped":
         epilogue[-1] = _local_segments(problem, epilogue[-1], share.k, split.letters.get("k", ()))
+    elif problem.kind == "k_masked":
+        epilogue[-1] = _local_mask(epilogue[-1], rule.lengths["k"], split.letters.get("k", ()))
     elif problem.kind != "dense":
         epilogue[-1] = _local_rows(problem, epilogue[-1], problem.m, split.letters.get("m", ()))
     if "k" not in split.letters:
@@ -121,7 +123,7 @@ def local_gemm(
     total = dispatch.run_gemm(partial, platform, implementation, *parts, *([] if sizes is None else [sizes]))
     total, share, sizes = _sum(share, split, total, sizes)
     addend = epilogue.pop() if epilogue else None
-    if problem.kind == "k_grouped":
+    if problem.kind in ("k_grouped", "k_masked"):
         return (total if addend is None else total + addend).astype(problem.out_dtype)
     return reference.finish_partial_sum(share, total, addend, sizes)
 

@@ -1,8 +1,8 @@
 """The JAX primitives: one equation each in a jaxpr, lowered per platform.
 
-`fp8_gemm`, `fp8_grouped_gemm`, `fp8_masked_grouped_gemm`, `fp8_k_grouped_gemm` and `fp8_quantize` work on the stored
-arrays of `ScaledArray`; `jaxgemm.gemm` and `jaxgemm.quantize` wrap them. They have batching rules for any choice of
-batched operands, and no derivatives: those exist above quantisation, in `jaxgemm.dot`.
+`fp8_gemm`, `fp8_grouped_gemm`, `fp8_masked_grouped_gemm`, `fp8_k_grouped_gemm`, `fp8_k_masked_gemm` and `fp8_quantize`
+work on the stored arrays of `ScaledArray`; `jaxgemm.gemm` and `jaxgemm.quantize` wrap them. They have batching rules
+for any choice of batched operands, and no derivatives: those exist above quantisation, in `jaxgemm.dot`.
 """
 
 import functools
@@ -27,6 +27,7 @@ fp8_gemm_p = Primitive("fp8_gemm")
 fp8_grouped_gemm_p = Primitive("fp8_grouped_gemm")
 fp8_masked_grouped_gemm_p = Primitive("fp8_masked_grouped_gemm")
 fp8_k_grouped_gemm_p = Primitive("fp8_k_grouped_gemm")
+fp8_k_masked_gemm_p = Primitive("fp8_k_masked_gemm")
 fp8_quantize_p = Primitive("fp8_quantize")
 fp8_quantize_p.multiple_results = True
 
@@ -35,6 +36,7 @@ GEMM_PRIMITIVES = {
     "grouped": fp8_grouped_gemm_p,
     "masked": fp8_masked_grouped_gemm_p,
     "k_grouped": fp8_k_grouped_gemm_p,
+    "k_masked": fp8_k_masked_gemm_p,
 }
 
 
@@ -254,6 +256,7 @@ _register(fp8_gemm_p, _gemm_abstract, _batch_dense, _run_gemm, _GEMM_ADVICE)
 _register(fp8_grouped_gemm_p, _gemm_abstract, _batch_in_turn, _run_gemm, _GEMM_ADVICE)
 _register(fp8_masked_grouped_gemm_p, _gemm_abstract, _batch_masked, _run_gemm, _GEMM_ADVICE)
 _register(fp8_k_grouped_gemm_p, _gemm_abstract, _batch_in_turn, _run_gemm, _GEMM_ADVICE)
+_register(fp8_k_masked_gemm_p, _gemm_abstract, _batch_masked, _run_gemm, _GEMM_ADVICE)
 _register(
     fp8_quantize_p, _quantize_abstract, _batch_quantize, _run_quantize,
     "Differentiate jaxgemm.fp8_dot of the originals, or stop the gradient before quantizing.",

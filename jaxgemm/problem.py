@@ -12,7 +12,7 @@ from jaxgemm.elementwise import FUNCTIONS
 from jaxgemm.layout import aligned_capacity
 from jaxgemm.scaled_array import FP8_DTYPES, ScaledArray, stored_scales_shape, stored_values_shape
 
-Kind = Literal["dense", "grouped", "masked", "k_grouped"]
+Kind = Literal["dense", "grouped", "masked", "k_grouped", "k_masked"]
 Activation = Literal["relu", "gelu", "silu"]
 Fill = Literal["zero", "unspecified"]
 Implementation = Literal["mosaic", "triton", "xla"]
@@ -31,8 +31,9 @@ class GemmProblem:
     Attributes:
         kind: "dense" `[m, k] x [n, k] -> [m, n]`; "grouped" `[m, k] x [g, n, k] -> [m, n]`, the rows split by
             `group_sizes`; "masked" `[g, m, k] x [g, n, k] -> [g, m, n]`, rows past `masked_m[g]` not computed;
-            "k_grouped" `[m, k] x [n, k] -> [g, m, n]`, the contracted axis split by `group_sizes`.
-        m: rows of lhs (of one group, if masked).
+            "k_grouped" `[m, k] x [n, k] -> [g, m, n]`, the contracted axis split by `group_sizes`;
+            "k_masked" `[g, m, k] x [g, n, k] -> [g, m, n]`, columns past `masked_k[g]` not summed.
+        m: rows of lhs (of one group, if each has its own).
         n: rows of rhs (of one group).
         k: the contracted axis; for "k_grouped" the columns of all groups, with their alignment.
         num_groups: 1 if dense.
@@ -72,9 +73,15 @@ class GemmProblem:
         return (self.m, self.n) if self.kind in ("dense", "grouped") else (self.num_groups, self.m, self.n)
 
     @property
+    def operands_have_groups(self) -> tuple[bool, bool]:
+        """Whether lhs and rhs have a leading axis of groups."""
+        every_group = self.kind in ("masked", "k_masked")
+        return every_group, every_group or self.kind == "grouped"
+
+    @property
     def flops(self) -> int:
-        """Floating-point operations, counting every row as valid."""
-        groups = self.num_groups if self.kind == "masked" else 1
+        """Floating-point operations, counting every row and column as valid."""
+        groups = self.num_groups if self.operands_have_groups[0] else 1
         return 2 * groups * self.m * self.n * self.k
 
 
@@ -160,10 +167,10 @@ def make_problem(
 
     Args:
         kind: see `GemmProblem`.
-        lhs: `[m, k]`; masked: `[g, m, k]`.
-        rhs: `[n, k]`; grouped and masked: `[g, n, k]`.
+        lhs: `[m, k]`; masked and k_masked: `[g, m, k]`.
+        rhs: `[n, k]`; grouped, masked and k_masked: `[g, n, k]`.
         bias: None or float `[n]`; grouped and masked: `[g, n]`.
-        sizes: `group_sizes` or `masked_m`, integer `[g]`; None if dense.
+        sizes: `group_sizes`, `masked_m` or `masked_k`, integer `[g]`; None if dense.
         out_dtype: bfloat16, float16 or float32.
         activation: None, "relu", "gelu" or "silu".
         **options: further fields of `GemmProblem`.
@@ -175,8 +182,10 @@ def make_problem(
         TypeError: for a wrong dtype, or operands that are not `ScaledArray`.
         ValueError: for a wrong rank or shape, or an unknown activation.
     """
-    _check_scaled_operand("lhs", lhs, ("g", "m", "k") if kind == "masked" else ("m", "k"))
-    _check_scaled_operand("rhs", rhs, ("g", "n", "k") if kind in ("grouped", "masked") else ("n", "k"))
+    sizes_name = {"masked": "masked_m", "k_masked": "masked_k"}.get(kind, "group_sizes")
+    every_group = kind in ("masked", "k_masked")
+    _check_scaled_operand("lhs", lhs, ("g", "m", "k") if every_group else ("m", "k"))
+    _check_scaled_operand("rhs", rhs, ("g", "n", "k") if every_group or kind == "grouped" else ("n", "k"))
     check_activation(activation)
     if lhs.shape[-1] != rhs.shape[-1]:
         raise ValueError(
@@ -185,15 +194,15 @@ def make_problem(
         )
     (m, k), n = lhs.shape[-2:], rhs.shape[-2]
     num_groups = 1
-    if kind in ("grouped", "masked"):
+    if every_group or kind == "grouped":
         num_groups = rhs.shape[0]
-        if kind == "masked" and lhs.shape[0] != num_groups:
+        if every_group and lhs.shape[0] != num_groups:
             raise ValueError(
                 f"lhs and rhs must agree in g, the first axis: lhs is {list(lhs.shape)}, rhs is {list(rhs.shape)}"
             )
-        check_sizes("group_sizes" if kind == "grouped" else "masked_m", sizes, num_groups)
+        check_sizes(sizes_name, sizes, num_groups)
     elif kind == "k_grouped":
-        check_sizes("group_sizes", sizes, None)
+        check_sizes(sizes_name, sizes, None)
         num_groups = sizes.shape[0]
         if lhs.segment_alignment != rhs.segment_alignment:
             raise ValueError(
@@ -213,13 +222,12 @@ def make_problem(
 
 def stored_operands(problem: GemmProblem) -> list[jax.ShapeDtypeStruct]:
     """Returns shapes and dtypes of lhs values and scales, rhs values and scales, as they are stored."""
-    grouped = {"grouped": (False, True), "masked": (True, True)}.get(problem.kind, (False, False))
     sides = (
         (problem.m, problem.lhs_dtype, problem.lhs_block_shape),
         (problem.n, problem.rhs_dtype, problem.rhs_block_shape),
     )
     arrays = []
-    for (rows, dtype, block), has_groups in zip(sides, grouped, strict=True):
+    for (rows, dtype, block), has_groups in zip(sides, problem.operands_have_groups, strict=True):
         lead = (problem.num_groups,) if has_groups else ()
         shapes = stored_values_shape(rows, problem.k), stored_scales_shape(rows, problem.k, block)
         arrays += [
@@ -275,7 +283,7 @@ def check_float_array(name: str, array: Any, axes: Sequence[str]) -> None:
 
 
 def check_sizes(name: str, sizes: Any, num_groups: int | None) -> None:
-    """Checks `group_sizes` or `masked_m`: one axis of integers, `num_groups` of them.
+    """Checks `group_sizes`, `masked_m` or `masked_k`: one axis of integers, `num_groups` of them.
 
     Raises:
         TypeError: if they are not integers.

@@ -195,6 +195,15 @@ def k_grouped_gemm(
     return out.astype(problem.out_dtype)
 
 
+def k_masked_gemm(
+    problem: GemmProblem, lhs: jax.Array, rhs: jax.Array, bias: jax.Array | None, masked_k: jax.Array
+) -> jax.Array:
+    """The product of each group's first `masked_k[g]` columns, `[g, m, k] x [g, n, k] -> [g, m, n]`."""
+    valid = (jnp.arange(problem.k) < masked_k[:, None])[:, None]
+    lhs, rhs = (jnp.where(valid, x, jnp.float32(0)) for x in (lhs, rhs))
+    return epilogue(problem, _matmul_nt(lhs, rhs), bias)
+
+
 def epilogue(problem: GemmProblem, accumulator: jax.Array, bias: jax.Array | None) -> jax.Array:
     """Adds the bias, applies the activation, both in float32, and casts."""
     if bias is not None:

@@ -10,6 +10,7 @@ is whole: a multiple of 128 where blocks would be cut, of the stored rows' align
 | grouped | m, n, k; g never: rows of a group may lie anywhere |
 | masked | g (expert parallel), m, n, k |
 | k_grouped | m, n, k (partial sums) |
+| k_masked | g (expert parallel), m, n, k (partial sums) |
 | quantize | leading axes, rows, columns; but for an axis that shares one scale, and columns that are joined |
 """
 
@@ -168,7 +169,7 @@ class SplitRule:
 
 def gemm_rule(problem: GemmProblem, shapes: Sequence[tuple[int, ...]]) -> SplitRule:
     """Returns how a product may be split; `shapes` are those of its operands as stored."""
-    lead = {"dense": ("", ""), "grouped": ("", "g"), "masked": ("g", "g"), "k_grouped": ("", "")}[problem.kind]
+    lead = tuple("g" if has_groups else "" for has_groups in problem.operands_have_groups)
     lhs = _operand_dims(lead[0], "m", "k", problem.lhs_block_shape)
     rhs = _operand_dims(lead[1], "n", "k", problem.rhs_block_shape)
     result: Dims = ("m", "n") if problem.kind in ("dense", "grouped") else ("g", "m", "n")
@@ -181,7 +182,7 @@ def gemm_rule(problem: GemmProblem, shapes: Sequence[tuple[int, ...]]) -> SplitR
         epilogue.append(("g",))
 
     units = {"m": _row_unit(problem.lhs_block_shape), "n": _row_unit(problem.rhs_block_shape)}
-    if problem.kind == "masked":
+    if problem.kind in ("masked", "k_masked"):
         units["g"] = 1
     if problem.lhs_block_shape[1] == problem.rhs_block_shape[1] == SCALE_BLOCK:
         units["k"] = SCALE_BLOCK

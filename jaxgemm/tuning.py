@@ -204,7 +204,7 @@ def candidates(problem: GemmProblem) -> Iterator[GemmConfig]:
     """Every configuration worth considering for a problem; all are valid."""
     shapes = []
     extent = expected_extent(problem)
-    if extent.m <= 128 and problem.kind != "k_grouped":
+    if extent.m <= 128 and problem.kind not in ("k_grouped", "k_masked"):
         tile_m = align_up(extent.m, 8) if problem.kind == "dense" else _tile_of_groups(problem, extent)
         for tile_n, warpgroups in ((64, 1), (128, 2), (192, 3)):
             for split_k in (1, 2) if problem.kind == "dense" else (1,):
@@ -237,7 +237,7 @@ def expected_extent(problem: GemmProblem) -> Extent:
         return Extent(groups, max(expected, 1), problem.k)
     if problem.kind == "k_grouped":
         return Extent(groups, problem.m, cdiv(problem.k, groups))
-    return Extent(1, problem.m, problem.k)
+    return Extent(groups if problem.kind == "k_masked" else 1, problem.m, problem.k)
 
 
 def _tile_of_groups(problem: GemmProblem, extent: Extent) -> int:

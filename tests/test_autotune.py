@@ -310,6 +310,7 @@ def test_compiled_functions_keep_their_tile_until_the_caches_are_cleared(kernel)
         problem(7, 9, 200, "masked", num_groups=3, expected_m=2, has_bias=True, fill="unspecified"),
         problem(7, 9, 500, "k_grouped", rhs=ROW, out=F32, num_groups=3, accumulate=True),
         problem(7, 9, 640, "k_grouped", rhs=ROW, out=F32, num_groups=3, segment_alignment=128),
+        problem(7, 9, 200, "k_masked", rhs=ROW, out=F32, num_groups=3),
     ],
     ids=lambda p: p.kind,
 )
@@ -320,7 +321,7 @@ def test_operands_suit_their_problem(described):
     assert (out.shape, out.dtype) == (described.out_shape, described.out_dtype)
     sizes = autotune_trial.group_sizes(described)
     if sizes is not None:
-        total = {"grouped": 7, "masked": 6, "k_grouped": described.k}[described.kind]
+        total = {"grouped": 7, "masked": 6, "k_grouped": described.k, "k_masked": 3 * 200}[described.kind]
         assert sizes.sum() == total and np.ptp(sizes) <= described.segment_alignment
     assert float(jnp.abs(out[..., :2, :].astype(jnp.float32)).mean()) > 1
     assert autotune_trial.difference(described, out, out) == 0

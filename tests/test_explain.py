@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxgemm
 from jaxgemm import dispatch, tiles
+from jaxgemm.gemm import k_masked_gemm
 
 ROW, SQUARE = (1, 128), (128, 128)
 THIS_FILE = __file__
@@ -73,12 +74,13 @@ def test_steps_that_nobody_uses_are_left_out():
 def test_every_primitive_is_found():
     sizes = shape(4, dtype=jnp.int32)
 
-    def everything(dense, grouped, masked, segments, sizes):
+    def everything(dense, grouped, masked, segments, masked_columns, sizes):
         return (
             jaxgemm.gemm(*dense),
             jaxgemm.grouped_gemm(*grouped, sizes),
             jaxgemm.masked_grouped_gemm(*masked, sizes),
             jaxgemm.k_grouped_gemm(*segments, sizes),
+            k_masked_gemm(*masked_columns, sizes),
             jaxgemm.quantize(jnp.ones((8, 128))),
         )
 
@@ -88,11 +90,13 @@ def test_every_primitive_is_found():
         (quantized(8, 256), quantized(4, 16, 256, block=SQUARE)),
         (quantized(4, 8, 256), quantized(4, 16, 256, block=SQUARE)),
         (quantized(8, 512), quantized(16, 512)),
+        (quantized(4, 8, 256), quantized(4, 16, 256)),
         sizes,
         platform="cuda",
     )
-    assert [p.found.kind for p in found.problems] == ["dense", "grouped", "masked", "k_grouped", "quantize"]
-    assert [p.flops for p in found.problems] == [2 * 8 * 16 * k for k in (256, 256, 4 * 256, 512)] + [0]
+    kinds = ["dense", "grouped", "masked", "k_grouped", "k_masked", "quantize"]
+    assert [p.found.kind for p in found.problems] == kinds
+    assert [p.flops for p in found.problems] == [2 * 8 * 16 * k for k in (256, 256, 4 * 256, 512, 4 * 256)] + [0]
 
 
 @pytest.mark.parametrize(
@@ -214,6 +218,13 @@ def test_rows_that_count_are_told(on_hopper):
         jaxgemm.masked_grouped_fp8_dot, shape(3, 64, 256), shape(3, 256, 512), sizes, platform="cuda"
     )
     assert "quantize masked rows of 3x64x256, bfloat16 -> float8_e4m3fn 1x128 (natural)" in str(masked)
+    (wgrad,) = products(
+        jaxgemm.explain(
+            jax.grad(lambda w, x, sizes: jaxgemm.masked_grouped_fp8_dot(x, w, sizes).sum(dtype=jnp.float32)),
+            shape(3, 256, 512), shape(3, 64, 256), sizes, platform="cuda",
+        )
+    )  # fmt: skip
+    assert str(wgrad).startswith("k_masked 3 groups of 256x512x64, ") and "fp8_wgrad" in str(wgrad)
     segments = jaxgemm.explain(lambda x, sizes: jaxgemm.quantize_grouped(x, sizes), X, sizes, platform="cuda")
     assert "quantize 3 groups of rows of 64x256, bfloat16" in str(segments)
     assert segments.problems[0].config_source == "default"

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import itertools
 
@@ -21,6 +22,7 @@ from support import (
 )
 
 import jaxgemm
+from jaxgemm.gemm import k_masked_gemm
 
 M, N, K, GROUPS = 150, 40, 200, 5
 SIZES = [[30] * 5, [0, 0, 150, 0, 0], [1, 128, 1, 0, 20], [7, 0, 33, 2, 0], [0] * 5, [-4, 10, 200, 3, -1]]
@@ -127,6 +129,36 @@ def test_unspecified_fill_leaves_valid_rows_alone():
 
 
 @jax.jit
+def k_masked(lhs, rhs, masked_k):
+    return k_masked_gemm(lhs, rhs, masked_k)
+
+
+@pytest.mark.parametrize("counts", [[300] * 5, [0] * 5, [0, 1, 127, 128, 129], [-5, 999, 257, 0, 299]])
+def test_k_masked(counts):
+    """What lies past the mask, NaN in values or scales included, is not there."""
+    valid = (jnp.arange(300) < jnp.array(counts)[:, None])[:, None]
+    lhs, rhs = (jaxgemm.quantize(jnp.where(valid, random(i, GROUPS, rows, 300), 0)) for i, rows in enumerate((70, N)))
+    expected = dequantized(lhs) @ dequantized(rhs).transpose(0, 2, 1)
+    out = np.asarray(k_masked(lhs, rhs, jnp.array(counts)))
+    assert out.dtype == np.float32
+    assert_close(out, expected)
+    for group, count in enumerate(counts):
+        assert count > 0 or not out[group].any()
+
+    tiles = -(-np.clip(counts, 0, 300) // 128)[:, None]
+    past_values, past_scales = (jnp.array(np.arange(size) >= ends) for size, ends in ((384, 128 * tiles), (3, tiles)))
+    poisoned = [
+        dataclasses.replace(
+            q,
+            stored_values=jnp.where(past_values[:, None], jnp.array(jnp.nan, E4M3), q.stored_values),
+            stored_scales=jnp.where(past_scales[..., None], jnp.nan, q.stored_scales),
+        )
+        for q in (lhs, rhs)
+    ]
+    np.testing.assert_array_equal(k_masked(*poisoned, jnp.array(counts)), out)
+
+
+@jax.jit
 def k_grouped(x, dout, sizes):
     lhs, rhs = jaxgemm.quantize_grouped(x, sizes), jaxgemm.quantize_grouped(dout, sizes)
     return jaxgemm.k_grouped_gemm(lhs, rhs, sizes), lhs, rhs
@@ -221,6 +253,7 @@ def lhs_rhs():
         (ValueError, lambda x, w: jaxgemm.grouped_gemm(w, w, jnp.ones(3, int)), r"lhs must be \[m, k\], got shape \[3, 9, 40\]"),
         (ValueError, lambda x, w: jaxgemm.masked_grouped_gemm(x, w, jnp.ones(3, int)), r"lhs must be \[g, m, k\]"),
         (ValueError, lambda x, w: jaxgemm.masked_grouped_gemm(w, w, jnp.ones(2, int)), r"masked_m must be \[g\] = \[3\]"),
+        (ValueError, lambda x, w: k_masked_gemm(w, w, jnp.ones(2, int)), r"masked_k must be \[g\] = \[3\]"),
         (ValueError, lambda x, w: jaxgemm.masked_grouped_gemm(w, w, jnp.ones(3, int), fill="nan"), "fill must be one of 'zero'"),
         (ValueError, lambda x, w: jaxgemm.masked_grouped_gemm(w, w, jnp.ones(3, int), expected_m=-1), "expected_m must be"),
         (ValueError, lambda x, w: jaxgemm.k_grouped_gemm(x, w, jnp.ones(3, int)), r"rhs must be \[n, k\]"),

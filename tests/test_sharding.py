@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from support import ROW, SQUARE, assert_close, collectives, random
 
 import jaxgemm
+from jaxgemm.gemm import k_masked_gemm
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
 
@@ -232,6 +233,26 @@ def test_contracted_groups_are_split_and_summed(accumulate, tmp_path):
     compiled, moved = collectives(product.lower(*placed, start), tmp_path)
     assert_close(compiled(*placed, start), jaxgemm.k_grouped_gemm(lhs, rhs, sizes, accumulate=start), 1e-10)
     assert moved == [("reduce-scatter", "f32", (6, 64, 256 // 8))]
+
+
+@pytest.mark.parametrize(
+    "spec, sums", [(P("b", None, "a"), 1), (P("a", None, "b"), 1), (P(None, None, ("a", "b")), 1), (P(("a", "b")), 0)]
+)
+def test_masks_of_contracted_columns_are_split_and_summed(spec, sums, tmp_path):
+    """A device's columns all count, end a mask, or are past it, where NaN does not matter; groups stay where they are."""
+    counts = jnp.array([0, 1, 128, 300, 513, 1024, -3, 2000])
+    columns, ends = jnp.arange(1024), -(-counts[:, None] // 128) * 128
+    operands = []
+    for i in range(2):
+        q = jaxgemm.quantize(jnp.where((columns < counts[:, None])[:, None], random(i, 8, 64, 1024), 0))
+        poisoned = jnp.where((columns >= ends)[:, None], jnp.array(jnp.nan, q.stored_values.dtype), q.stored_values)
+        operands.append(dataclasses.replace(q, stored_values=poisoned))
+    scales = P(spec[0], spec[2] if len(spec) > 2 else None)
+    on = shardings((2, 4), dataclasses.replace(operands[0], stored_values=spec, stored_scales=scales))
+    product = jax.jit(k_masked_gemm)
+    compiled, moved = collectives(product.lower(*jax.device_put(operands, [on, on]), counts), tmp_path)
+    assert [op for op, _, _ in moved] == ["all-reduce"] * sums
+    assert_close(compiled(*jax.device_put(operands, [on, on]), counts), product(*operands, counts), 1e-10)
 
 
 @pytest.mark.parametrize("lhs_block, rhs_block", [(ROW, ROW), (SQUARE, SQUARE), ((1, 512), (512, 512))])

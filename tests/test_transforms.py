@@ -10,6 +10,7 @@ import pytest
 from support import ROW, SAME, SQUARE, assert_close, operands, oracle, random
 
 import jaxgemm
+from jaxgemm.gemm import k_masked_gemm
 
 f32 = {"preferred_element_type": jnp.float32}
 B, M, N, K = 3, 9, 33, 200
@@ -50,12 +51,12 @@ SIZES = jnp.array([[2, 0, 5, 1], [9, 0, 0, 0], [0, 3, 3, 3]])
 
 
 @pytest.mark.parametrize("batched", [(0, 0, 0), (None, 0, None), (0, None, None), (None, None, 0)])
-@pytest.mark.parametrize("name", ["grouped_gemm", "masked_grouped_gemm", "k_grouped_gemm"])
+@pytest.mark.parametrize("name", ["grouped_gemm", "masked_grouped_gemm", "k_grouped_gemm", "k_masked_gemm"])
 def test_vmap_of_groups(name, batched):
-    lhs = jaxgemm.quantize(random(0, B, *([GROUPS] if name == "masked_grouped_gemm" else []), M, K))
+    lhs = jaxgemm.quantize(random(0, B, *([GROUPS] if "masked" in name else []), M, K))
     rhs = jaxgemm.quantize(random(1, B, *([] if name == "k_grouped_gemm" else [GROUPS]), N, K))
     args = [x if a == 0 else jax.tree.map(lambda x: x[0], x) for x, a in zip((lhs, rhs, SIZES), batched, strict=True)]
-    function = functools.partial(getattr(jaxgemm, name), **f32)
+    function = functools.partial(getattr(jaxgemm, name, k_masked_gemm), **f32)
     assert_close(jax.vmap(function, batched)(*args), in_turn(function, args, batched))
 
 

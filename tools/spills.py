@@ -52,6 +52,7 @@ GROUPS = [  # kind, m, n, k, groups, expected_m
     ("grouped", 100, 4100, 2048, 64, None),
     ("masked", 256, 6144, 7168, 32, 192), ("masked", 1344, 7168, 3072, 6, 1024), ("masked", 64, 4096, 4096, 32, 20),
     ("k_grouped", 4096, 7168, 33280, 4, None), ("k_grouped", 7168, 2048, 34816, 16, None),
+    ("k_masked", 4096, 7168, 1024, 8, None),
 ]  # fmt: skip
 
 
@@ -85,11 +86,12 @@ def cases() -> dict[str, tuple]:
                     config,
                 )
     for kind, m, n, k, groups, expected_m in GROUPS:
-        wgrad = kind == "k_grouped"
+        wgrad = kind in ("k_grouped", "k_masked")
         for fill, has_bias in (("zero", not wgrad),) if kind != "masked" else (("zero", True), ("unspecified", False)):
             problem = GemmProblem(
                 kind, m, n, k, e4m3, e4m3, row, row if wgrad else square, f32 if wgrad else bf16, num_groups=groups,
-                has_bias=has_bias, segment_alignment=128 if wgrad else 1, expected_m=expected_m, fill=fill,
+                has_bias=has_bias, expected_m=expected_m, fill=fill,
+                segment_alignment=128 if kind == "k_grouped" else 1,
             )  # fmt: skip
             found[f"{kind} {groups} of {m}x{n}x{k} {fill if kind == 'masked' else ''}"] = (
                 problem,

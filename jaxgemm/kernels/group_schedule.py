@@ -81,7 +81,10 @@ class RowGroupSchedule:
 
 @dataclasses.dataclass(frozen=True)
 class KGroupSchedule:
-    """The tiles of one output after the other, each a product over its group's segment of the contracted axis.
+    """The tiles of one output after the other, each a product over its group's part of the contracted axis.
+
+    For "k_grouped", the part is a segment of operands that all groups share; for "k_masked", the valid beginning of
+    operands of the group's own.
 
     Attributes:
         table: int32 reference to what `k_table` returns.
@@ -213,9 +216,12 @@ def k_table(problem: GemmProblem, sizes: jax.Array) -> jax.Array:
     """Lays out the groups of a contracted axis: int32 `[2 * g]`, the first k tile of each, then how many each has.
 
     Args:
-        problem: "k_grouped", its segments aligned to 128.
-        sizes: int32 `[g]`: `group_sizes`.
+        problem: "k_grouped", its segments aligned to 128; or "k_masked".
+        sizes: int32 `[g]`: `group_sizes` or `masked_k`.
     """
+    if problem.kind == "k_masked":
+        k_tiles = (jnp.clip(sizes, 0, problem.k) + (SCALE_BLOCK - 1)) // SCALE_BLOCK
+        return jnp.concatenate([jnp.zeros_like(k_tiles), k_tiles])
     sizes = layout.clip_aligned_sizes(sizes, problem.k, SCALE_BLOCK)
     starts = layout.aligned_group_offsets(sizes, SCALE_BLOCK)
     return jnp.concatenate([starts[:-1], sizes + (SCALE_BLOCK - 1)]) // SCALE_BLOCK

@@ -6,7 +6,7 @@ Warpgroups of a block, over time (two compute warpgroups):
     compute 0 |    | mma k0 | promote | mma k1 ...  | bias, act, store | mma k0 ...
     compute 1 |    |  ...   | mma k0  | promote ... | bias, act, store | ...
 
-Dense, contiguous, masked and k-grouped products differ in their schedule alone: `schedule.py`, `group_schedule.py`.
+Products of all kinds differ in their schedule alone: `schedule.py`, `group_schedule.py`.
 
 Shared memory: `stages` x (rows tile, columns tile, scales of both), the bias of a tile, one output wave a warpgroup.
 
@@ -215,13 +215,13 @@ def hopper_gemm(
     """The product of stored operands, dense or of groups.
 
     Args:
-        lhs_values: FP8 `[align_up(m, 8), align_up(k, 128)]`, zero-padded; masked, `g` of them.
+        lhs_values: FP8 `[align_up(m, 8), align_up(k, 128)]`, zero-padded; masked or k-masked, `g` of them.
         lhs_scales: float32, 1x128 blocks: `[ceil(k/128), align_up(m, 4)]`; 128x128: `[ceil(m/128), ceil(k/128)]`;
-            masked, `g` of them.
-        rhs_values: FP8 `[align_up(n, 8), align_up(k, 128)]`, zero-padded; grouped or masked, `g` of them.
-        rhs_scales: float32, as for lhs, of n; grouped or masked, `g` of them.
+            masked or k-masked, `g` of them.
+        rhs_values: FP8 `[align_up(n, 8), align_up(k, 128)]`, zero-padded; in groups, but for k-grouped, `g` of them.
+        rhs_scales: float32, as for lhs, of n; in groups, but for k-grouped, `g` of them.
         bias: float `[n]` or None; grouped or masked `[g, n]`.
-        sizes: int32 `[g]`, `group_sizes` or `masked_m`; None if dense.
+        sizes: int32 `[g]`, `group_sizes`, `masked_m` or `masked_k`; None if dense.
         accumulate: float32 of the output's shape to add to, or None; k-grouped only.
         problem: what is computed.
         config: tiles; valid for the problem.

@@ -106,11 +106,11 @@ class Plan:
             *extents, self.rows.tile, self.columns.tile, self.k_tiles,
             config.split_k, config.share, config.band, along_columns,
         )  # fmt: skip
-        return KGroupSchedule(table, problem.num_groups, dense) if problem.kind == "k_grouped" else dense
+        return dense if problem.kind == "dense" else KGroupSchedule(table, problem.num_groups, dense)
 
     def group_table(self, sizes: jax.Array) -> jax.Array:
-        """What the schedule reads on the device, from `group_sizes` or `masked_m`."""
-        if self.problem.kind == "k_grouped":
+        """What the schedule reads on the device, from `group_sizes`, `masked_m` or `masked_k`."""
+        if self.problem.kind in ("k_grouped", "k_masked"):
             return k_table(self.problem, sizes)
         return row_table(self.problem, self.config.tile_m, sizes)
 
@@ -130,11 +130,9 @@ def make_plan(problem: GemmProblem, config: GemmConfig, num_sms: int) -> Plan:
         multicast = is_rows and config.share > 1
         return Operand(tile, block_shape[0] == 1, cdiv(rows, 128), k_tiles, dtype, multicast, groups)
 
-    kind, swap = problem.kind, config.swap_operands
-    lhs = operand(problem.m, config.tile_m, problem.lhs_block_shape, problem.lhs_dtype, not swap, kind == "masked")
-    rhs = operand(
-        problem.n, config.tile_n, problem.rhs_block_shape, problem.rhs_dtype, swap, kind in ("grouped", "masked")
-    )
+    swap, (lhs_groups, rhs_groups) = config.swap_operands, problem.operands_have_groups
+    lhs = operand(problem.m, config.tile_m, problem.lhs_block_shape, problem.lhs_dtype, not swap, lhs_groups)
+    rhs = operand(problem.n, config.tile_n, problem.rhs_block_shape, problem.rhs_dtype, swap, rhs_groups)
     return Plan(problem, config, lhs, rhs, num_sms)
 
 

@@ -25,6 +25,7 @@ from kernel_support import (
     stored_shapes,
 )
 
+from jaxgemm.kernels.group_schedule import k_table
 from jaxgemm.kernels.hopper_gemm import hopper_gemm
 from jaxgemm.problem import GemmProblem
 from jaxgemm.tuning import GemmConfig, choose_config, why_invalid
@@ -201,6 +202,72 @@ def test_groups_of_the_contracted_axis(case):
         assert segment.stop > segment.start or not out[group].any()
 
 
+# Masks of the contracted axis
+
+K_MASKED = {
+    "every kind of end": (problem("k_masked", 70, 72, 300, 6, rhs=ROW, out=F32), SMALL, [0, 1, 127, 128, 129, 300]),
+    "all empty": (problem("k_masked", 9, 24, 200, 3, rhs=ROW, out=F32), SMALL, [0, 0, 0]),
+    "negative, and beyond the columns": (problem("k_masked", 9, 24, 200, 2, rhs=ROW), SMALL, [-4, 999]),
+    "wide": (problem("k_masked", 300, 96, 256, 2, rhs=ROW, out=F32), GemmConfig(256, 96, 2), [3, 256]),
+    "bfloat16, odd": (problem("k_masked", 70, 27, 257, 2, rhs=ROW, lhs_dtype=E5M2), SMALL, [257, 130]),
+    "swapped": (problem("k_masked", 40, 70, 300, 3, rhs=ROW, out=F32), SWAPPED, [17, 0, 299]),
+    "weights by blocks": (problem("k_masked", 20, 150, 300, 2, out=F32), SMALL, [129, 200]),
+}
+
+
+def k_masked_operands(described, sizes, seed):
+    """Both operands, zero in the k tile in which a mask ends, as the quantiser writes it; poisoned in those past it."""
+    rng = np.random.default_rng(seed)
+    sides = []
+    for rows, block, dtype in (
+        (described.m, described.lhs_block_shape, described.lhs_dtype),
+        (described.n, described.rhs_block_shape, described.rhs_dtype),
+    ):
+        side = stack([operand(rng, rows, described.k, block, dtype, True) for _ in range(described.num_groups)])
+        for group, size in enumerate(np.clip(sizes, 0, described.k)):
+            k_tiles = -(-size // 128)
+            side[0][group, :, size : 128 * k_tiles] = 0
+            side[0][group, :, 128 * k_tiles :] = np.nan
+            of_group = side[1][group] if block == ROW else side[1][group].T
+            of_group[k_tiles:] = np.nan
+        sides.append(side)
+    return sides
+
+
+def check_k_masked(out, described, lhs, rhs, sizes):
+    assert out.dtype == described.out_dtype
+    for group, size in enumerate(np.clip(sizes, 0, described.k)):
+        assert_close(out[group], lhs[2][group, :, :size] @ rhs[2][group, :, :size].T, BOUNDS[described.out_dtype])
+        assert size or not out[group].any()
+
+
+@interpreted
+@pytest.mark.parametrize("case", K_MASKED)
+def test_masks_of_the_contracted_axis(case):
+    described, config, sizes = K_MASKED[case]
+    lhs, rhs = k_masked_operands(described, sizes, 5)
+    check_k_masked(run(described, config, lhs, rhs, np.array(sizes, np.int32)), described, lhs, rhs, sizes)
+
+
+@interpreted
+def test_every_pattern_of_empty_masks_with_one_program():
+    described = problem("k_masked", 9, 24, 256, 4, rhs=ROW, out=F32)
+    compiled = kernel(described, SMALL)
+    for pattern in itertools.product((0, 130), repeat=4):
+        lhs, rhs = k_masked_operands(described, pattern, 6)
+        arrays = [jnp.asarray(a) for a in (*lhs[:2], *rhs[:2])]
+        out = np.asarray(compiled(*arrays, None, jnp.array(pattern, jnp.int32)))
+        check_k_masked(out, described, lhs, rhs, pattern)
+    assert compiled._cache_size() == 1
+
+
+@pytest.mark.parametrize("sizes", [[0, 1, 127, 128, 129, 300], [-1, 301, 2**31 - 1, -(2**31), 256, 257]])
+def test_only_k_tiles_with_valid_columns_are_summed(sizes):
+    table = k_table(problem("k_masked", 8, 8, 300, 6), jnp.array(sizes, jnp.int32))
+    assert table.dtype == jnp.int32
+    assert table.tolist() == [0] * 6 + [-(-min(max(size, 0), 300) // 128) for size in sizes]
+
+
 # Real sizes
 
 
@@ -208,13 +275,14 @@ def test_groups_of_the_contracted_axis(case):
 @pytest.mark.parametrize("kind, m, n, k, groups", [
     ("grouped", 8192, 7168, 3072, 8), ("grouped", 100, 4100, 2048, 64), ("grouped", 1, 7, 7, 2),
     ("masked", 256, 6144, 7168, 32), ("masked", 26, 4096, 4096, 6), ("k_grouped", 7168, 2048, 8192 + 4 * 128, 4),
+    ("k_masked", 7168, 2048, 1024, 8), ("k_masked", 100, 7, 26, 3),
 ])  # fmt: skip
 def test_lowers_for_cuda(kind, m, n, k, groups):
-    wgrad = kind == "k_grouped"
+    wgrad = kind in ("k_grouped", "k_masked")
     described = problem(
         kind, m, n, k, groups, rhs=ROW if wgrad else SQUARE, out=F32 if wgrad else BF16, has_bias=not wgrad
     )
-    described = dataclasses.replace(described, segment_alignment=128 if wgrad else 1)
+    described = dataclasses.replace(described, segment_alignment=128 if kind == "k_grouped" else 1)
     config = choose_config(described, 132)
     assert why_invalid(described, config) is None
     lower = functools.partial(hopper_gemm, problem=described, config=config, num_sms=132)

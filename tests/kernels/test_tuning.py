@@ -96,10 +96,17 @@ def test_what_no_configuration_serves_is_refused():
 
 
 @settings(max_examples=60, deadline=None)
-@given(sizes, sizes, sizes, st.integers(1, 300), st.sampled_from(["grouped", "masked", "k_grouped"]), st.booleans())
+@given(
+    sizes,
+    sizes,
+    sizes,
+    st.integers(1, 300),
+    st.sampled_from(["grouped", "masked", "k_grouped", "k_masked"]),
+    st.booleans(),
+)
 def test_groups_have_a_valid_configuration(m, n, k, groups, kind, is_decoding):
     options = dict(kind=kind, num_groups=groups, expected_m=1 + m // 3 if kind == "masked" and is_decoding else None)
-    described = dataclasses.replace(problem(m, n, k, ROW if kind == "k_grouped" else SQUARE), **options)
+    described = dataclasses.replace(problem(m, n, k, ROW if kind in ("k_grouped", "k_masked") else SQUARE), **options)
     config = choose_config(described, 132)
     assert why_invalid(described, config) is None
     assert predicted_microseconds(described, config, 132) > 0
