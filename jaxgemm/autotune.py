@@ -199,8 +199,7 @@ def why_not_tuned(problem: GemmProblem, implementation: str | None = None) -> st
         return f"the call asks for implementation={implementation!r}"
     if 0 in (problem.m, problem.n, problem.k, problem.num_groups):
         return "there is nothing to compute"
-    why_not = dispatch.why_passed_over if implementation is None else dispatch.why_not
-    return why_not("mosaic", problem, "cuda")
+    return dispatch.why_not("mosaic", problem, "cuda")
 
 
 def _epilogue_size(problem: GemmProblem) -> int:

@@ -50,7 +50,7 @@ def choose(problem: Problem, platform: str, implementation: str | None) -> str:
             raise NotImplementedError(f"implementation={implementation!r} cannot serve this call: {reason}")
         return implementation
     for name in PREFERENCE:
-        reason = why_passed_over(name, problem, platform)
+        reason = why_not(name, problem, platform)
         if reason is None:
             return name
         if platform == "cuda":
@@ -65,18 +65,6 @@ def why_not(implementation: str, problem: Problem, platform: str) -> str | None:
     if implementation == "mosaic":
         return _why_not_hopper(platform) or _why_not_mosaic(problem)
     return _why_not_triton(problem, platform) or why_triton_is_missing()
-
-
-def why_passed_over(implementation: str, problem: Problem, platform: str) -> str | None:
-    """Returns why `implementation=None` does not take an implementation, or None if it may; by name it may still do."""
-    return why_not(implementation, problem, platform) or _why_not_yet(implementation, problem)
-
-
-def _why_not_yet(implementation: str, problem: Problem) -> str | None:
-    """Why an implementation is not taken unless it is asked for by name; None if it is."""
-    if implementation == "triton":
-        return "its kernel has not been run on a GPU yet; implementation='triton' asks for it"
-    return None
 
 
 def run_gemm(problem: GemmProblem, platform: str, implementation: str | None, *operands: Any) -> jax.Array:

@@ -171,7 +171,7 @@ def _explained(found: FoundProblem, platform: str) -> ExplainedProblem:
         return _with_config(found, None if refused else found.implementation, refused)
     refusals: list[tuple[str, str]] = []
     for name in dispatch.PREFERENCE:
-        reason = dispatch.why_passed_over(name, found.problem, platform)
+        reason = dispatch.why_not(name, found.problem, platform)
         if reason is None:
             return _with_config(found, name, tuple(refusals))
         refusals.append((name, reason))

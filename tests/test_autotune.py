@@ -202,11 +202,11 @@ def test_each_product_is_tuned_once_with_the_most_that_must_fit():
 def test_what_cannot_be_tuned_is_reported_with_the_reason():
     def step(lhs, rhs):
         plain = functools.partial(jaxgemm.gemm, lhs, rhs, implementation="xla")
-        return plain(), jaxgemm.gemm(jaxgemm.quantize(jnp.ones((8, 256)), SQUARE), rhs)
+        return plain(), jaxgemm.gemm(jaxgemm.quantize(jnp.ones((8, 256)), (1, 256)), rhs)
 
     report = jaxgemm.autotune(step, *operand_shapes(), tuner=tuner())
     assert "not tuned: the call asks for implementation='xla'" in str(report)
-    assert "not tuned: lhs must have blocks of (1, 128), and has (128, 128)" in str(report)
+    assert "not tuned: lhs must have blocks of (1, 128) or (128, 128), and has (1, 256)" in str(report)
     assert not tuning_cache.rows(GPU)
 
 
@@ -245,9 +245,7 @@ def test_groups_are_tuned_where_their_kernel_is_asked_for():
         assert dispatch.choose_config(tuned.problem) == (tuned.winner.config, tiles.AUTOTUNED)
     summed = dataclasses.replace(by_name.problems[1].problem, out_dtype=BF16)  # as the call describes it
     assert dispatch.choose_config(summed).source == tiles.AUTOTUNED
-    if all(dispatch.why_passed_over("mosaic", tuned.problem, "cuda") for tuned in by_name.problems):
-        tuning_cache.path(GPU).unlink()
-        assert all("not tuned: its kernel for groups" in str(tuned) for tuned in products(None).problems)
+    assert all("it has a row already" in str(tuned) for tuned in products(None).problems)
 
 
 # The real runner, but for the kernel

@@ -192,10 +192,10 @@ def test_tiles_and_where_they_come_from(on_hopper):
 
 
 def test_what_has_no_kernel_is_refused_with_the_reason(on_hopper):
-    lhs, rhs = quantized(16, 256, block=SQUARE), quantized(16, 256, block=SQUARE)
+    lhs, rhs = quantized(16, 256, block=(1, 256)), quantized(16, 256, block=SQUARE)
     (product,) = jaxgemm.explain(jaxgemm.gemm, lhs, rhs, platform="cuda").problems
     assert product.implementation == "xla"
-    assert product.refused[0][1] == "lhs must have blocks of (1, 128), and has (128, 128)"
+    assert product.refused[0][1] == "lhs must have blocks of (1, 128) or (128, 128), and has (1, 256)"
 
 
 def test_functions_in_front_of_quantizing_are_told(on_hopper):

@@ -42,12 +42,13 @@ def machine(monkeypatch):
 
 
 @pytest.mark.parametrize("capability", ["8.0", "8.9", "12.0"])
-def test_it_is_taken_on_chips_other_than_hopper_when_asked_for(machine, capability, caplog):
+def test_it_is_taken_on_chips_other_than_hopper(machine, capability, caplog):
     machine(capability)
-    assert dispatch.choose(DENSE, "cuda", "triton") == "triton"
     with caplog.at_level(logging.WARNING, "jaxgemm"):
-        assert dispatch.choose(DENSE, "cuda", None) == "xla"
-    assert any("has not been run on a GPU yet; implementation='triton'" in r.message for r in caplog.records)
+        assert dispatch.choose(DENSE, "cuda", None) == "triton"
+    assert any("not served by 'mosaic'" in r.message for r in caplog.records)
+    machine(capability, missing="it needs jax_triton")
+    assert dispatch.choose(DENSE, "cuda", None) == "xla"
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the Hopper kernel needs jax 0.11")

@@ -52,20 +52,21 @@ def test_operands_that_are_aligned_are_not_copied():
 
 
 def test_what_mosaic_cannot_do_is_refused_with_the_reason():
-    lhs, rhs = operands(16, 16, 256, lhs_block=SQUARE)
-    with pytest.raises(NotImplementedError, match=r"lhs must have blocks of \(1, 128\), and has \(128, 128\)"):
+    lhs, rhs = operands(16, 16, 256, lhs_block=(1, 256))
+    message = r"lhs must have blocks of \(1, 128\) or \(128, 128\), and has \(1, 256\)"
+    with pytest.raises(NotImplementedError, match=message):
         lowered(functools.partial(jaxgemm.gemm, implementation="mosaic"), lhs, rhs)
 
 
 def test_falling_back_on_a_gpu_is_logged_once(caplog):
     dispatch._warn_once.cache_clear()
-    lhs, rhs = operands(16, 16, 256, lhs_block=SQUARE)
+    lhs, rhs = operands(16, 16, 256, lhs_block=(1, 256))
     with caplog.at_level(logging.WARNING, "jaxgemm"):
         for n in (16, 8):
             text = lowered(jaxgemm.gemm, lhs, jaxgemm.quantize(random(0, n, 256), SQUARE))
             assert GEMM_KERNEL not in text
     messages = [r.message for r in caplog.records if "a dense problem is not served by 'mosaic'" in r.message]
-    assert len(messages) == 1 and "lhs must have blocks of (1, 128)" in messages[0]
+    assert len(messages) == 1 and "lhs must have blocks of (1, 128) or (128, 128)" in messages[0]
 
 
 def test_weight_gradients_are_rounded_by_the_kernel():
@@ -75,16 +76,16 @@ def test_weight_gradients_are_rounded_by_the_kernel():
     assert "tensor<512x384xf32>" not in text
 
 
-def test_groups_train_on_the_kernels_when_asked():
+def test_groups_train_on_the_kernels():
     x, w, sizes = random(0, 300, 256), random(1, 3, 256, 200), jnp.array([100, 0, 150])
-    dot = functools.partial(jaxgemm.grouped_fp8_dot, implementation="mosaic")
+    dot = jaxgemm.grouped_fp8_dot
     text = lowered(jax.grad(lambda x, w, b: (dot(x, w, sizes, b) ** 2).sum(), (0, 1, 2)), x, w, random(2, 3, 200))
     assert text.count(GEMM_KERNEL) == 3 and "dot_general" not in text
 
 
-def test_masked_groups_train_on_the_kernels_when_asked():
+def test_masked_groups_train_on_the_kernels():
     x, w, sizes = random(0, 3, 40, 256), random(1, 3, 256, 200), jnp.array([40, 0, 15])
-    dot = functools.partial(jaxgemm.masked_grouped_fp8_dot, implementation="mosaic")
+    dot = jaxgemm.masked_grouped_fp8_dot
     text = lowered(jax.grad(lambda x, w: (dot(x, w, sizes) ** 2).sum(), (0, 1)), x, w)
     assert text.count(GEMM_KERNEL) == 3 and "dot_general" not in text
 
@@ -114,12 +115,15 @@ def test_segments_that_are_not_aligned_are_refused():
         lowered(functools.partial(jaxgemm.k_grouped_gemm, implementation="mosaic"), lhs, rhs, jnp.array([3, 100]))
 
 
-def test_groups_are_left_to_xla_unless_asked_and_say_so(caplog):
-    dispatch._warn_once.cache_clear()
-    x, w, sizes = random(0, 30, 256), random(1, 3, 256, 200), jnp.array([10, 0, 15])
-    with caplog.at_level(logging.WARNING, "jaxgemm"):
-        assert GEMM_KERNEL not in lowered(jaxgemm.grouped_fp8_dot, x, w, sizes)
-    assert any("has not been run on a GPU yet" in record.message for record in caplog.records)
+@pytest.mark.parametrize("x64", [False, True])
+def test_kernels_count_in_32_bits_whatever_the_mode(x64):
+    """They are traced in 32-bit mode: Pallas refuses to mix the two."""
+    with jax.enable_x64(x64):
+        x, w = random(0, 3, 40, 256, dtype=jnp.float32), random(1, 3, 256, 200, dtype=jnp.float32)
+        sizes = jnp.array([40, 0, 15])
+        loss = lambda x, w: (jaxgemm.masked_grouped_fp8_dot(x, w, sizes) ** 2).sum()  # noqa: E731
+        text = lowered(jax.grad(lambda x, w: loss(x, w) + jaxgemm.fp8_dot(x[0], w[0]).sum(), (0, 1)), x, w)
+    assert text.count(GEMM_KERNEL) >= 5 and "fp8_quantize" in text and "dot_general" not in text
 
 
 @pytest.mark.parametrize("dtype, kernels", [(jnp.bfloat16, 1), (jnp.float32, 2)])
