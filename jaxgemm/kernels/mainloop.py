@@ -254,8 +254,7 @@ def compute_tile(
             row_scales, column_scales = [load_row_scales(row) for row in wave_rows], load_column_scales()
         new_sums = []
         for wave, row in enumerate(wave_rows):
-            rows_smem = rows[1].values_smem.at[slot, pl.ds(row, WAVE_ROWS)]
-            recycled = multiply_wave(rows_smem, columns[1].values_smem.at[slot], recycled)
+            recycled = multiply_wave(rows[1].values_smem, columns[1].values_smem, slot, row, recycled)
             scales = (load_row_scales(row), load_column_scales()) if late else (row_scales[wave], column_scales)
             if wave == num_waves - 1 and not late:
                 plgpu.barrier_arrive(empty_barrier.at[slot])

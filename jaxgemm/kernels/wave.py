@@ -40,7 +40,7 @@ TURN_AFTER = 3
 _FP8_NAMES = {jnp.dtype(jnp.float8_e4m3fn): "e4m3", jnp.dtype(jnp.float8_e5m2): "e5m2"}
 
 
-def multiply_wave(rows_smem, columns_smem, recycled: jax.Array, num_warpgroups: int) -> jax.Array:
+def multiply_wave(rows_smem, columns_smem, slot, row, recycled: jax.Array, num_warpgroups: int) -> jax.Array:
     """Returns `rows @ columns.T` of one k tile, in registers of the warpgroup that calls.
 
     NOTE: Pallas' `wgmma` can only add to an accumulator, so each product would need fresh zeroed registers; two in
@@ -52,35 +52,42 @@ def multiply_wave(rows_smem, columns_smem, recycled: jax.Array, num_warpgroups: 
     loss of 2 % where it is short.
 
     Args:
-        rows_smem: FP8 reference `[64, 128]` in shared memory.
-        columns_smem: FP8 reference `[tile, 128]` in shared memory, tile a multiple of 8 up to 256.
-        recycled: float32 `[64, tile]`, a product no longer needed.
+        rows_smem: FP8 reference `[stages, tile, 128]` in shared memory.
+        columns_smem: FP8 reference `[stages, tile, 128]` in shared memory, its tile a multiple of 8 up to 256.
+        slot: the stage.
+        row: the wave's first row in the rows tile, a multiple of 8.
+        recycled: float32 `[64, columns tile]`, a product no longer needed.
         num_warpgroups: compute warpgroups that take turns, each of which calls this equally often; 1: they do not.
 
     Returns:
-        float32 `[64, tile]`.
+        float32 `[64, columns tile]`.
     """
-    shape = (rows_smem.shape[0], columns_smem.shape[0])
+    shape = (WAVE_ROWS, columns_smem.shape[1])
+    rows_tile = rows_smem.shape[1]
     names = _FP8_NAMES[jnp.dtype(rows_smem.dtype)], _FP8_NAMES[jnp.dtype(columns_smem.dtype)]
-    operand = plgpu.RefType(OPERAND_TRANSFORMS)
+    operand, scalar = plgpu.RefType(OPERAND_TRANSFORMS), plgpu.Layout.WG_SPLAT(())
 
     @plgpu.inline_mgpu(
-        arg_types=(operand, operand, ACCUMULATOR_LAYOUT),
+        arg_types=(operand, operand, scalar, scalar, ACCUMULATOR_LAYOUT),
         return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=ACCUMULATOR_LAYOUT),
     )
-    def issue_and_wait(ctx, rows, columns, recycled):
+    def issue_and_wait(ctx, rows, columns, slot, row, recycled):
         del ctx
+        slot, row = (scalar.registers.flat[0] for scalar in (slot, row))
+        first_row = arith.addi(arith.muli(slot, mgpu.c(rows_tile, slot.type)), row)
+        first_column = arith.muli(slot, mgpu.c(shape[1], slot.type))
+        descriptors = _descriptor(rows, first_row), _descriptor(columns, first_column)
         registers = _fence_registers(_scalars(recycled))
         nvvm.wgmma_fence_aligned()
         turn = _turn(0, num_warpgroups) if num_warpgroups > 1 else None
-        registers = _issue(registers, _descriptor(rows), _descriptor(columns), shape[1], names, turn)
+        registers = _issue(registers, *descriptors, shape[1], names, turn)
         if num_warpgroups > 1:
             nvvm.wgmma_wait_group_sync_aligned(1)
             _named_barrier("arrive", _turn(1, num_warpgroups))
         nvvm.wgmma_wait_group_sync_aligned(0)
         return _from_scalars(_fence_registers(registers), recycled)
 
-    return issue_and_wait(rows_smem, columns_smem, recycled)
+    return issue_and_wait(rows_smem, columns_smem, jnp.int32(slot), jnp.int32(row), recycled)
 
 
 def sync_warpgroup() -> None:
@@ -100,13 +107,13 @@ def close_turns(num_warpgroups: int) -> None:
         plgpu.inline_mgpu()(lambda ctx: _named_barrier("sync", _turn(0, num_warpgroups)))()
 
 
-def multiply_wave_portable(rows_smem, columns_smem, recycled: jax.Array, num_warpgroups: int) -> jax.Array:
+def multiply_wave_portable(rows_smem, columns_smem, slot, row, recycled: jax.Array, num_warpgroups: int) -> jax.Array:
     """`multiply_wave` in plain Pallas, for the interpreter, which cannot run inlined Mosaic code."""
     del recycled, num_warpgroups
-    shape = (rows_smem.shape[0], columns_smem.shape[0])
+    shape = (WAVE_ROWS, columns_smem.shape[1])
 
     def product(accumulator):
-        plgpu.wgmma(accumulator, rows_smem, columns_smem.T)
+        plgpu.wgmma(accumulator, rows_smem.at[slot, pl.ds(row, WAVE_ROWS)], columns_smem.at[slot].T)
         return accumulator[...]
 
     return pl.run_scoped(product, plgpu.ACC(shape))
@@ -169,8 +176,12 @@ def _fence_registers(registers):
     return [llvm.extractvalue(f32, result, [i]) for i in range(count)]
 
 
-def _descriptor(operand: ir.Value) -> ir.Value:
-    """The matrix descriptor of a K-major operand swizzled by 128 bytes (PTX ISA, "Matrix Descriptor Format")."""
+def _descriptor(operand: ir.Value, first_row: ir.Value) -> ir.Value:
+    """The matrix descriptor of a K-major operand swizzled by 128 bytes (PTX ISA, "Matrix Descriptor Format").
+
+    NOTE: the row is added last, in the descriptor's units of 16 bytes: all but that is the same for every k tile, and
+    stays in registers.
+    """
     i64 = ir.IntegerType.get_signless(64)
     pointer = mgpu.utils.memref_ptr(operand)
     address = llvm.ptrtoint(i64, pointer)
@@ -178,7 +189,8 @@ def _descriptor(operand: ir.Value) -> ir.Value:
     stride_between_tiles = 8 * TILE_K >> 4
     swizzle_128_bytes = 1 << 30  # of the upper word
     upper = arith.shli(mgpu.c(swizzle_128_bytes | stride_between_tiles, i64), mgpu.c(32, i64))
-    return arith.ori(encoded, upper)
+    offset = arith.extui(i64, arith.muli(first_row, mgpu.c(TILE_K >> 4, first_row.type)))
+    return arith.addi(arith.ori(encoded, upper), offset)
 
 
 def _scalars(array: mgpu.FragmentedArray) -> list[ir.Value]:
