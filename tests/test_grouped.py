@@ -12,10 +12,12 @@ from support import (
     E4M3,
     ROW,
     SQUARE,
+    TIGHT,
     activate,
     assert_close,
     available_implementations,
     dequantized,
+    difference,
     group_rows,
     operands,
     random,
@@ -282,9 +284,33 @@ def test_errors(error, call, message):
         call(*lhs_rhs())
 
 
-def test_implementations_agree():
-    """Whatever else this machine has gives what "xla" gives."""
-    lhs, rhs = operands(M, N, K, groups=(GROUPS,))
+# What the interpreter of kernels does not model, and a GPU shows: where copies may start, and where they are cut off.
+ENDS = [(40, ROW, f32), (64, SQUARE, f32), (37, SQUARE, {}), (516, SQUARE, {}), (520, SQUARE, f32)]
+
+
+@pytest.mark.parametrize("n, rhs_block, options", ENDS)
+@pytest.mark.parametrize("sizes", [[7, 0, 33, 2, 0], [30, 1, 64, 54, 1]])
+def test_contiguous_implementations_agree(n, rhs_block, options, sizes):
+    lhs, rhs = operands(M, n, K, groups=(GROUPS,), rhs_block=rhs_block)
+    bias = random(3, GROUPS, n)
     for implementation in available_implementations("grouped"):
-        out = jaxgemm.grouped_gemm(lhs, rhs, jnp.array(SIZES[3]), implementation=implementation, **f32)
-        assert_close(out, grouped_oracle(lhs, rhs, SIZES[3]))
+        for addend in (None, bias):
+            keywords = {"implementation": implementation} | options
+            out = jaxgemm.grouped_gemm(lhs, rhs, jnp.array(sizes), addend, **keywords)
+            assert_close(out, grouped_oracle(lhs, rhs, sizes, addend))
+            assert not np.asarray(out, np.float32)[sum(sizes) :].any()
+
+
+@pytest.mark.parametrize("n, rhs_block, options", ENDS)
+@pytest.mark.parametrize("max_m", [17, 300])
+def test_masked_implementations_agree(n, rhs_block, options, max_m):
+    counts = [7, 0, max_m]
+    lhs = jaxgemm.quantize(random(0, 3, max_m, K))
+    rhs = jaxgemm.quantize(random(1, 3, n, K), rhs_block)
+    for implementation in available_implementations("masked"):
+        keywords = {"implementation": implementation} | options
+        out = np.asarray(jaxgemm.masked_grouped_gemm(lhs, rhs, jnp.array(counts), **keywords), np.float64)
+        expected = dequantized(lhs) @ dequantized(rhs).swapaxes(1, 2)
+        for group, count in enumerate(counts):
+            assert difference(out[group, :count], expected[group, :count]) <= TIGHT
+            assert not out[group, count:].any()

@@ -25,8 +25,9 @@ from kernel_support import (
     stored_shapes,
 )
 
-from jaxgemm.kernels.group_schedule import k_table
+from jaxgemm.kernels.group_schedule import FIELDS, k_table, most_row_tiles, row_table, scales_by_group
 from jaxgemm.kernels.hopper_gemm import hopper_gemm
+from jaxgemm.kernels.plan import make_plan
 from jaxgemm.problem import GemmProblem
 from jaxgemm.tuning import GemmConfig, choose_config, why_invalid
 
@@ -299,3 +300,25 @@ def test_odd_rows_of_groups_lower_without_a_copy(kind, swap):
     lower = functools.partial(hopper_gemm, problem=described, config=config, num_sms=132)
     text = jax.jit(lower).trace(*stored_shapes(described)).lower(lowering_platforms=("cuda",)).as_text()
     assert "4104xbf16" not in text
+
+
+@pytest.mark.parametrize("sizes", [[30, 1, 0, 47, 20], [0, 0, 0, 0, 0], [-3, 7, 200, 1, 1], [128, 1, 1, 1, 5]], ids=str)
+def test_the_tma_can_read_each_tiles_scales(sizes):
+    """It starts at multiples of 16 bytes, which the interpreter does not ask for; and there lie the tile's own."""
+    described, sizes = problem("grouped", 150, 40, 300, 5), jnp.array(sizes, jnp.int32)
+    scales = jnp.arange(3 * 152, dtype=jnp.float32).reshape(3, 152)
+    moved = np.asarray(scales_by_group(described, scales, sizes))
+    table = np.asarray(row_table(described, 64, sizes))
+    fields = table[1:].reshape(FIELDS, most_row_tiles(described, 64))[:, : table[0]]
+    for _, start, left, k_tiles, first in fields.T:
+        if k_tiles:
+            assert first % 4 == 0
+            rows = min(left, 64)
+            np.testing.assert_array_equal(moved[:, first : first + rows], scales[:, start : start + rows])
+
+
+@pytest.mark.parametrize("n", [1, 37, 40, 257])
+def test_the_tma_can_read_each_groups_bias(n):
+    """A group's biases start at a multiple of 16 bytes, for floats of 2 and 4 bytes."""
+    plan = make_plan(problem("grouped", 150, n, 300, 5), GemmConfig(64, 64, 2, 1), 2)
+    assert plan.bias_pitch >= n and plan.bias_pitch * 2 % 16 == 0
