@@ -32,6 +32,7 @@ class RowGroupSchedule:
 
     Attributes:
         table: int32 reference to what `row_table` returns.
+        row_tiles: tiles of rows that there are, read from it.
         most_row_tiles: tiles of rows that the table has room for.
         tile_m: rows of lhs in a tile.
         tile_n: rows of rhs in a tile.
@@ -41,6 +42,7 @@ class RowGroupSchedule:
     """
 
     table: Any
+    row_tiles: Any
     most_row_tiles: int
     tile_m: int
     tile_n: int
@@ -56,11 +58,11 @@ class RowGroupSchedule:
     @property
     def num_tiles(self) -> jax.Array:
         """Tiles in all, read from the device."""
-        return self.table[0] * self.column_tiles
+        return self.row_tiles * self.column_tiles
 
     def tile(self, index: jax.Array) -> Tile:
         """The tile of this number; the last one for a number past it."""
-        row_tiles = lax.max(self.table[0], jnp.int32(1))
+        row_tiles = lax.max(self.row_tiles, jnp.int32(1))
         index = lax.min(index, row_tiles * self.column_tiles - 1)
         row, column = self._place(index, row_tiles)
         group, start, left, k_tiles, scales = (self.table[1 + i * self.most_row_tiles + row] for i in range(FIELDS))

@@ -99,7 +99,8 @@ class Plan:
         if problem.kind in ("grouped", "masked"):
             row_tiles, column_tiles = most_row_tiles(problem, config.tile_m), cdiv(problem.n, config.tile_n)
             tiles = config.tile_m, config.tile_n, column_tiles
-            return RowGroupSchedule(table, row_tiles, *tiles, config.band, config.swap_operands)
+            found = None if table is None else table[0]
+            return RowGroupSchedule(table, found, row_tiles, *tiles, config.band, config.swap_operands)
         extents = (problem.n, problem.m) if config.swap_operands else (problem.m, problem.n)
         along_columns = config.band_along_n != config.swap_operands
         dense = DenseSchedule(

@@ -136,11 +136,32 @@ def first_tile(schedule: TileSchedule) -> Tile:
 
 
 def for_each_tile(schedule: TileSchedule, body: Callable[[Tile, Tile, Any], Any], carry: Any) -> Any:
-    """Runs `carry = body(tile, upcoming, carry)` for this cluster's tiles; `upcoming` is the next one (or the last)."""
+    """Runs `carry = body(tile, upcoming, carry)` for this cluster's tiles; `upcoming` is the next one (or the last).
+
+    NOTE: a tile is looked up once, while the one before is still to be computed: a look-up in a table takes a while.
+    """
     cluster, num_clusters = lax.axis_index(SM_AXIS), lax.axis_size(SM_AXIS)
     steps = lax.div(jnp.int32(schedule.num_tiles) - cluster + (num_clusters - 1), jnp.int32(num_clusters))
 
-    def tile(step):
-        return schedule.tile(cluster + lax.min(step, steps - 1) * num_clusters)
+    def look_up(step):
+        return schedule.tile(cluster + lax.max(lax.min(step, steps - 1), 0) * num_clusters)
 
-    return lax.fori_loop(0, steps, lambda step, carry: body(tile(step), tile(step + 1), carry), carry)
+    first = look_up(jnp.int32(0))
+
+    def visit(step, state):
+        found, carry = state
+        upcoming = look_up(step + 1)
+        return _traced(upcoming), body(_with_traced(first, found), upcoming, carry)
+
+    return lax.fori_loop(0, steps, visit, (_traced(first), carry))[1]
+
+
+def _traced(tile: Tile) -> list[jax.Array]:
+    """What of a tile is only known on the device."""
+    return [part for part in jax.tree.leaves(tile) if isinstance(part, jax.Array)]
+
+
+def _with_traced(tile: Tile, parts: list[jax.Array]) -> Tile:
+    """A tile like this one, but for what is only known on the device."""
+    rest = iter(parts)
+    return jax.tree.map(lambda part: next(rest) if isinstance(part, jax.Array) else part, tile)
