@@ -8,6 +8,8 @@ All three kinds share one custom VJP. What differs is how rows belong to weights
 | grouped | `grouped_gemm` | `k_grouped_gemm` of segments aligned to 128 |
 | masked | `masked_grouped_gemm` | `k_masked_gemm` of `[g, k, max_m]`, contracting the valid part of max_m |
 
+Rows of contiguous groups that a mesh splits stay where they are: `split_over_rows`.
+
 Kept for the backward pass, under these names for `jax.checkpoint` policies: `jaxgemm_lhs` (lhs transposed, one byte an
 element), `jaxgemm_rhs` (the quantised weight), `jaxgemm_pre_activation` (only if there is an activation).
 """
@@ -23,7 +25,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxgemm import layout
 from jaxgemm.gemm import gemm, grouped_gemm, k_grouped_gemm, k_masked_gemm, masked_grouped_gemm
-from jaxgemm.manual_axes import sum_replicated, varying_axes
+from jaxgemm.manual_axes import is_manual, sum_replicated, varying_axes
+from jaxgemm.primitives import bind_row_sums
+from jaxgemm.problem import RowSums
 from jaxgemm.quantize import quantize, quantize_both, quantize_function, quantize_segments, quantize_transposed
 from jaxgemm.recipe import Recipe
 from jaxgemm.reference import activate
@@ -109,19 +113,24 @@ def _forward(options: DotOptions, lhs: Any, rhs: Any, bias: Any, sizes: Any) -> 
         name_residual(rhs_residual, RESIDUAL_NAMES[1]),
         pre_activation,
         sizes,
+        lhs if may_split_rows(options) else None,
     )
     return out, residuals
 
 
 def _backward(options: DotOptions, residuals: Any, dout: jax.Array) -> tuple[Any, ...]:
     """dgrad, wgrad and the bias' gradient."""
-    lhs_residual, rhs_residual, pre_activation, sizes = residuals
+    lhs_residual, rhs_residual, pre_activation, sizes, lhs = residuals
     with jax.named_scope("fp8_quantize_dout"):
+        if options.kind == "grouped" and pre_activation is not None:  # there is no pass that does it
+            dout, pre_activation = _activation_gradient(options, dout, pre_activation), None
         dout_q, dout_wgrad, dbias = quantize_dout(options, dout, sizes, pre_activation)
     with jax.named_scope("fp8_dgrad"):
         dlhs = dgrad(options, dout_q, rhs_residual, sizes, options.lhs_dtype)
     with jax.named_scope("fp8_wgrad"):
         drhs = wgrad(options, lhs_residual, dout_wgrad, sizes)
+        if lhs is not None:
+            drhs, dbias = split_over_rows(options, lhs, dout, sizes, drhs, dbias)
     return *settle_gradients(options, dlhs, drhs, dbias), None
 
 
@@ -171,6 +180,48 @@ def wgrad(options: DotOptions, lhs: Any, dout: Any, sizes: Any = None) -> jax.Ar
     if options.kind == "grouped":
         return k_grouped_gemm(lhs, dout, sizes, **keywords)
     return k_masked_gemm(lhs, dout, sizes, **keywords)
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupGradients:
+    """The gradients of the weights of groups, and of biases if there are, in float32, from rows in high precision.
+
+    Attributes:
+        options: of the product.
+    """
+
+    options: DotOptions
+
+    def __call__(self, lhs: jax.Array, dout: jax.Array, sizes: jax.Array) -> list[jax.Array]:
+        """Computes `[drhs, dbias]`, or `[drhs]`, of the rows of lhs `[m, k]` and dout `[m, n]`."""
+        options = dataclasses.replace(self.options, rhs_dtype=np.dtype(np.float32))
+        lhs_q, _ = for_wgrad(options, lhs, sizes, options.quantizer(options.recipe.lhs_dtype))
+        keywords = options.quantizer(options.recipe.dout_dtype)
+        dout_q, dbias = for_wgrad(options, dout, sizes, keywords, column_sum=options.bias_dtype is not None)
+        gradients = wgrad(options, lhs_q, dout_q, sizes), dbias
+        return [x for x in gradients if x is not None]
+
+
+def may_split_rows(options: DotOptions) -> bool:
+    """Says whether the compiler is to be offered a split of the rows that weight gradients sum: `split_over_rows`."""
+    fp8_wgrad = options.rhs_dtype is not None and options.recipe.wgrad_dtype == "fp8"
+    return options.kind == "grouped" and fp8_wgrad and not is_manual()
+
+
+def split_over_rows(
+    options: DotOptions, lhs: jax.Array, dout: jax.Array, sizes: Any, drhs: Any, dbias: Any
+) -> tuple[Any, Any]:
+    """Returns the gradients of weights and biases of groups, such that a mesh may split the rows that they sum.
+
+    Where a segment lies depends on the sizes of all groups before it, so what a device makes of its part of the rows
+    is no part of the segments. And those of lhs are made in the forward pass, where a program for one device reads it
+    anyway. Therefore the compiler gets both, gradients made from segments of all rows, and the rows. Where a mesh
+    splits these, each device quantises its own, and the given gradients are never computed; elsewhere they are the
+    result, and the rows are not kept.
+    """
+    given = [x for x in (drhs, dbias) if x is not None]
+    results = iter(bind_row_sums(RowSums(GroupGradients(options)), given, lhs, dout, sizes))
+    return next(results), None if dbias is None else next(results)
 
 
 def settle_gradients(options: DotOptions, *gradients: Any) -> list[Any]:
@@ -232,8 +283,7 @@ def quantize_dout(
         [result] = quantize_function(function, dout, pre_activation, column_sum=has_bias, **keywords)
         return result  # type: ignore[return-value]  # natural and transposed are asked for
     if pre_activation is not None:
-        _, pull_back = jax.vjp(functools.partial(_activate, options), pre_activation)
-        (dout,) = pull_back(dout)
+        dout = _activation_gradient(options, dout, pre_activation)
     natural = quantize(dout, recipe.dout_block_shape, **keywords)
     if fp8_wgrad:
         return natural, *for_wgrad(options, dout, sizes, keywords, column_sum=has_bias)
@@ -280,6 +330,12 @@ def drop_masked(options: DotOptions, x: jax.Array, sizes: Any) -> jax.Array:
 
 def _activate(options: DotOptions, pre_activation: jax.Array) -> jax.Array:
     return activate(options.activation, pre_activation.astype(jnp.float32)).astype(options.out_dtype)
+
+
+def _activation_gradient(options: DotOptions, dout: jax.Array, pre_activation: jax.Array) -> jax.Array:
+    """The gradient of what the activation was applied to."""
+    _, pull_back = jax.vjp(functools.partial(_activate, options), pre_activation)
+    return pull_back(dout)[0]
 
 
 def name_residual(residual: Any, name: str) -> Any:

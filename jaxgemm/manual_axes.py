@@ -16,6 +16,11 @@ def varying_axes(x: Any) -> frozenset[Any]:
     return frozenset().union(*(t.manual_axis_type.varying for t in types))
 
 
+def is_manual() -> bool:
+    """Says whether what is traced now is inside `shard_map`: split by hand, over some mesh axes at least."""
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
 def match_varying(operands: Sequence[Any]) -> list[Any]:
     """Casts every operand to vary over the axes that any of them varies over, as one primitive's operands must."""
     union = varying_axes(list(operands))

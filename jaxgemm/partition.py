@@ -8,7 +8,6 @@ split, float32 partial products are added over the mesh before bias and activati
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,8 +18,9 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import Mesh, NamedSharding
 
 from jaxgemm import dispatch, layout, reference
-from jaxgemm.problem import GemmProblem, QuantizeProblem
-from jaxgemm.split_rule import Axes, Split, SplitRule, gemm_rule, quantize_rule
+from jaxgemm.problem import GemmProblem, QuantizeProblem, RowSums
+from jaxgemm.row_blocks import take_blocks
+from jaxgemm.split_rule import Axes, Dims, Split, SplitRule, gemm_rule, quantize_rule, row_sums_rule
 
 NO_MESH = jax.sharding.AbstractMesh((), ())
 
@@ -37,6 +37,11 @@ def run_quantize(
     return _run(problem, platform, implementation, *inputs)
 
 
+def run_row_sums(problem: RowSums, platform: str, implementation: str | None, *operands: jax.Array) -> list[jax.Array]:
+    """The given sums, or those that the devices make of their rows, added over the mesh."""
+    return _run(problem, platform, implementation, *operands)
+
+
 def _run(problem: Any, platform: str, implementation: str | None, *operands: Any) -> Any:
     function = _partitioned(problem, platform, implementation, tuple(x.shape for x in operands))
     # A program for several devices names what it calls by an address alone. This tells two of them apart, also to the
@@ -50,11 +55,11 @@ def _run(problem: Any, platform: str, implementation: str | None, *operands: Any
 def _partitioned(problem: Any, platform: str, implementation: str | None, shapes: tuple) -> Any:
     """Returns the function that computes `problem`, with its rules attached."""
     is_gemm = isinstance(problem, GemmProblem)
-    rule = gemm_rule(problem, shapes) if is_gemm else quantize_rule(problem, shapes)
-    choose = rule.split_product if is_gemm else rule.split_pass
+    make_rule, choose_split, run, run_local = _STEPS[type(problem)]
+    rule = make_rule(problem, shapes)
+    choose = functools.partial(choose_split, rule)
 
     def whole(*operands: Any) -> Any:
-        run: Callable[..., Any] = dispatch.run_gemm if is_gemm else dispatch.run_quantize
         return run(problem, platform, implementation, *operands)
 
     def partition(mesh: Any, operand_types: Any, result_types: Any) -> Any:
@@ -66,12 +71,11 @@ def _partitioned(problem: Any, platform: str, implementation: str | None, shapes
             specs[-rule.epilogue :] = [split.result_spec(dims) for dims in rule.operands[-rule.epilogue :]]
         operand_shardings = tuple(NamedSharding(mesh, spec) for spec in specs)
         result_shardings = [NamedSharding(mesh, split.result_spec(dims)) for dims in rule.results]
-        local = local_gemm if is_gemm else local_quantize
 
         def share(*operands: Any) -> Any:
             # One device's arrays have no sharding, also where the whole program is traced in explicit mode.
             with jax.sharding.use_abstract_mesh(NO_MESH):
-                return local(problem, platform, implementation, rule, split, *operands)
+                return run_local(problem, platform, implementation, rule, split, *operands)
 
         return mesh, share, result_shardings[0] if is_gemm else result_shardings, operand_shardings
 
@@ -121,7 +125,7 @@ def local_gemm(
     )
     sizes = epilogue.pop() if problem.kind != "dense" else None
     total = dispatch.run_gemm(partial, platform, implementation, *parts, *([] if sizes is None else [sizes]))
-    total, share, sizes = _sum(share, split, total, sizes)
+    total, share, sizes = _sum(share, rule, split, total, sizes)
     addend = epilogue.pop() if epilogue else None
     if problem.kind in ("k_grouped", "k_masked"):
         return (total if addend is None else total + addend).astype(problem.out_dtype)
@@ -148,20 +152,53 @@ def local_quantize(
     return [x if {"r", "r/"} & set(dims) else jax.lax.psum(x, axes) for x, dims in pairs]
 
 
-def _sum(problem: GemmProblem, split: Split, partial: jax.Array, sizes: Any) -> tuple[jax.Array, GemmProblem, Any]:
-    """Adds partial products over the mesh, and leaves the sum split where the result shall be.
+def local_row_sums(
+    problem: RowSums,
+    platform: str,
+    implementation: str | None,
+    rule: SplitRule,
+    split: Split,
+    *operands: jax.Array,
+) -> list[jax.Array]:
+    """One device's share of sums over rows: of blocks that begin with it, added over the mesh; given, if it has all.
+
+    Where they are added, what the given ones are made of is without use, and the compiler drops it, with all that
+    would have brought the rows together.
+    """
+    del platform, implementation
+    lhs, rhs, sizes, *given = operands
+    axes = split.letters.get("k", ())
+    if not axes:
+        return given
+    (lhs, rhs), sizes = take_blocks([lhs, rhs], sizes, rule.lengths["k"], axes, split.mesh.axis_names)
+    totals = problem.function(lhs, rhs, sizes)
+    triples = zip(totals, rule.results, given, strict=True)
+    return [_add_up(split, total, dims).astype(x.dtype) for total, dims, x in triples]
+
+
+def _sum(
+    problem: GemmProblem, rule: SplitRule, split: Split, partial: jax.Array, sizes: Any
+) -> tuple[jax.Array, GemmProblem, Any]:
+    """Adds partial products over the mesh.
 
     Returns:
         The sum, and problem and sizes of the part of it that this device has.
     """
-    if not split.scattered:
-        return jax.lax.psum(partial, split.letters["k"]), problem, sizes
-    ((letter, axes),) = split.scattered.items()
-    dimension = partial.ndim - (2 if letter == "m" else 1)
-    total = jax.lax.psum_scatter(partial, axes, scatter_dimension=dimension, tiled=True)
-    if letter == "m" and problem.kind in ("grouped", "masked"):
-        sizes = _local_rows(problem, sizes, problem.m, axes)
-    return total, dataclasses.replace(problem, **{letter: total.shape[dimension]}), sizes
+    total = _add_up(split, partial, rule.results[0])
+    for letter, axes in split.scattered.items():
+        if letter == "m" and problem.kind in ("grouped", "masked"):
+            sizes = _local_rows(problem, sizes, problem.m, axes)
+        share: dict[str, Any] = {letter: total.shape[rule.results[0].index(letter)]}
+        problem = dataclasses.replace(problem, **share)
+    return total, problem, sizes
+
+
+def _add_up(split: Split, partial: jax.Array, dims: Dims) -> jax.Array:
+    """Adds partial sums over k over the mesh, and leaves the sum split where the result shall be."""
+    for letter, axes in split.scattered.items():
+        if letter in dims:
+            return jax.lax.psum_scatter(partial, axes, scatter_dimension=dims.index(letter), tiled=True)
+    return jax.lax.psum(partial, split.letters["k"])
 
 
 def _local_rows(problem: GemmProblem, sizes: jax.Array, rows: int, axes: Axes) -> jax.Array:
@@ -195,6 +232,14 @@ def _local_segments(problem: GemmProblem, sizes: jax.Array, local_k: int, axes: 
     sizes = layout.clip_aligned_sizes(sizes, problem.k, problem.segment_alignment)
     starts = layout.aligned_group_offsets(sizes, problem.segment_alignment)[:-1] - jax.lax.axis_index(axes) * local_k
     return jnp.clip(starts + sizes, 0, local_k) - jnp.clip(starts, 0, local_k)
+
+
+_STEPS: dict[type, Any] = {
+    GemmProblem: (gemm_rule, SplitRule.split_product, dispatch.run_gemm, local_gemm),
+    QuantizeProblem: (quantize_rule, SplitRule.split_pass, dispatch.run_quantize, local_quantize),
+    RowSums: (row_sums_rule, SplitRule.split_row_sums, dispatch.run_row_sums, local_row_sums),
+}
+"""For each kind of problem: its rule, how a split is chosen by it, what runs unsplit, and what each device's share."""
 
 
 def _mesh_of_devices(array: Any) -> Mesh:

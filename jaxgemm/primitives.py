@@ -18,10 +18,11 @@ from jax.interpreters import ad, batching, mlir
 
 from jaxgemm import dispatch, layout, partition
 from jaxgemm.explicit_axes import entries_by_label, run_automatic
+from jaxgemm.layout import clip_to_int32
 from jaxgemm.manual_axes import match_varying, result_type
-from jaxgemm.problem import GemmProblem, QuantizeProblem
+from jaxgemm.problem import GemmProblem, QuantizeProblem, RowSums
 from jaxgemm.scaled_array import stored_scales_shape, stored_values_shape, transposed_block_shape
-from jaxgemm.split_rule import gemm_rule, quantize_rule
+from jaxgemm.split_rule import gemm_rule, quantize_rule, row_sums_rule
 
 fp8_gemm_p = Primitive("fp8_gemm")
 fp8_grouped_gemm_p = Primitive("fp8_grouped_gemm")
@@ -30,6 +31,8 @@ fp8_k_grouped_gemm_p = Primitive("fp8_k_grouped_gemm")
 fp8_k_masked_gemm_p = Primitive("fp8_k_masked_gemm")
 fp8_quantize_p = Primitive("fp8_quantize")
 fp8_quantize_p.multiple_results = True
+fp8_row_sums_p = Primitive("fp8_row_sums")
+fp8_row_sums_p.multiple_results = True
 
 GEMM_PRIMITIVES = {
     "dense": fp8_gemm_p,
@@ -70,6 +73,34 @@ def bind_quantize(problem: QuantizeProblem, implementation: str | None, *inputs:
     return run_automatic(bind, out_entries, *matched)
 
 
+def bind_row_sums(
+    problem: RowSums, given: Sequence[jax.Array], lhs: jax.Array, rhs: jax.Array, sizes: jax.Array
+) -> list[jax.Array]:
+    """Binds `fp8_row_sums`: the `given` sums over rows, or the same from where the rows lie.
+
+    Args:
+        problem: how they are computed.
+        given: `problem.function(lhs, rhs, sizes)`, but for rounding and dtypes.
+        lhs: float `[m, k]`.
+        rhs: float `[m, n]`.
+        sizes: integer `[g]`: how many rows each contiguous group has.
+
+    Returns:
+        As `given`.
+    """
+    operands = (lhs, rhs, clip_to_int32(sizes), *given)
+    rule = row_sums_rule(problem, [x.shape for x in operands])
+
+    def bind(*operands: jax.Array) -> list[jax.Array]:
+        return fp8_row_sums_p.bind(*operands, problem=problem, implementation=None)
+
+    def out_entries() -> Any:
+        by_label = entries_by_label(operands, rule.operands)
+        return [tuple(by_label.get(label) for label in labels) for labels in rule.results]
+
+    return run_automatic(bind, out_entries, *operands)
+
+
 # Abstract evaluation: shapes and dtypes of the results.
 
 
@@ -100,6 +131,11 @@ def _stored_types(inputs: Sequence[Any], rows: int, cols: int, block_shape: tupl
         result_type(inputs, (*lead, *stored_values_shape(rows, cols)), dtype),
         result_type(inputs, (*lead, *stored_scales_shape(rows, cols, block_shape)), jnp.float32),
     ]
+
+
+def _row_sums_abstract(*operands: Any, problem: RowSums, implementation: str | None) -> Any:
+    del problem, implementation
+    return operands[3:]
 
 
 # Batching: mapped axes are moved to the front, then folded into what the primitives can do by themselves.
@@ -167,6 +203,14 @@ def _batch_quantize(
         size, operands = _axes_to_front(operands, axes)
         outputs = bind(*(_broadcast_front(x, size, axis) for x, axis in zip(operands, axes, strict=True)))
     return outputs, [0] * len(outputs)
+
+
+def _batch_row_sums(
+    operands: Sequence[Any], axes: Sequence[int | None], *, problem: RowSums, implementation: str | None
+) -> tuple[Sequence[Any], Sequence[int | None]]:
+    """A batch has the sums that it was given: each element's groups would be split in their own way."""
+    del problem, implementation
+    return operands[3:], axes[3:]
 
 
 def _map(bind: Callable[..., Any], operands: Sequence[Any], axes: Sequence[int | None]) -> Any:
@@ -251,6 +295,12 @@ def _run_quantize(
     return runner.run_quantize(problem, platform, implementation, *inputs)
 
 
+def _run_row_sums(
+    runner: Any, platform: str, *operands: Any, problem: RowSums, implementation: str | None
+) -> list[jax.Array]:
+    return runner.run_row_sums(problem, platform, implementation, *operands)
+
+
 _GEMM_ADVICE = "Differentiate jaxgemm.fp8_dot, grouped_fp8_dot or masked_grouped_fp8_dot of the originals instead."
 _register(fp8_gemm_p, _gemm_abstract, _batch_dense, _run_gemm, _GEMM_ADVICE)
 _register(fp8_grouped_gemm_p, _gemm_abstract, _batch_in_turn, _run_gemm, _GEMM_ADVICE)
@@ -261,3 +311,4 @@ _register(
     fp8_quantize_p, _quantize_abstract, _batch_quantize, _run_quantize,
     "Differentiate jaxgemm.fp8_dot of the originals, or stop the gradient before quantizing.",
 )  # fmt: skip
+_register(fp8_row_sums_p, _row_sums_abstract, _batch_row_sums, _run_row_sums, _GEMM_ADVICE)

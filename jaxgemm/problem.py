@@ -1,7 +1,7 @@
 """`GemmProblem`: what is to be computed, checked once, before anything runs."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -150,6 +150,18 @@ class QuantizeProblem:
             transposed = dataclasses.replace(plain, natural=False, transposed=True, column_sum=False)
             results.append((transposed, (*lead, cols)))
         return results
+
+
+@dataclasses.dataclass(frozen=True)
+class RowSums:
+    """Sums over the rows of groups, computed already, and how to compute them from the rows themselves. Hashable.
+
+    Attributes:
+        function: of lhs `[m, k]`, rhs `[m, n]` and group_sizes: the sums in float32, `[g, k, n]` or `[g, n]` each.
+            Hashable by value, and with all that it depends on in its `repr`.
+    """
+
+    function: Callable[[jax.Array, jax.Array, jax.Array], list[jax.Array]]
 
 
 def make_problem(

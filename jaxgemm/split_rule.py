@@ -12,6 +12,7 @@ is whole: a multiple of 128 where blocks would be cut, of the stored rows' align
 | k_grouped | m, n, k (partial sums) |
 | k_masked | g (expert parallel), m, n, k (partial sums) |
 | quantize | leading axes, rows, columns; but for an axis that shares one scale, and columns that are joined |
+| row sums | rows (partial sums), 128 a device at least; columns of either side, any number |
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ from jax.experimental.custom_partitioning import ArrayMapping, CompoundFactor, S
 from jax.sharding import PartitionSpec
 
 from jaxgemm.layout import SCALE_BLOCK, VALUE_ROW_ALIGNMENT
-from jaxgemm.problem import GemmProblem, QuantizeProblem
+from jaxgemm.problem import GemmProblem, QuantizeProblem, RowSums
 from jaxgemm.scaled_array import SQUARE_BLOCK, is_mn_major, transposed_block_shape
 
 Dims = tuple[str, ...]
@@ -75,6 +76,7 @@ class SplitRule:
         lengths: the (stored) length of each of these letters.
         summed: the letter that the product contracts, if it may be split: partial products are then summed.
         epilogue: how many of the last operands are needed after that sum only.
+        least: how much of that letter each device must have.
     """
 
     operands: tuple[Dims, ...]
@@ -83,6 +85,7 @@ class SplitRule:
     lengths: dict[str, int]
     summed: str | None = None
     epilogue: int = 0
+    least: int = 0
 
     def sharding_rule(self) -> SdyShardingRule:
         """Returns the rule that propagates shardings through the primitive."""
@@ -144,6 +147,16 @@ class SplitRule:
         self._take(letters, mesh, [(letter, axes) for _, axes in operands for letter in self.units])
         return Split(mesh, letters, {})
 
+    def split_row_sums(self, mesh: Any, operand_specs: Sequence[Any], result_specs: Sequence[Any]) -> Split:
+        """Chooses the split of sums over rows: rows as they lie, which shall not move, then results, then columns."""
+        operands = list(_wishes(self.operands, operand_specs))
+        results = list(_wishes(self.results, result_specs))
+        letters: dict[str, Axes] = {}
+        self._take(letters, mesh, [(letter, axes) for letter, axes in operands if letter == self.summed])
+        self._take(letters, mesh, results)
+        self._take(letters, mesh, operands)
+        return Split(mesh, letters, self._scatter(letters, mesh, results))
+
     def _take(self, letters: dict[str, Axes], mesh: Any, wishes: Sequence[tuple[str, Axes]]) -> None:
         """Fulfils wishes in order, each with as many of its mesh axes as are free and leave the shares whole."""
         for letter, wanted in wishes:
@@ -155,7 +168,9 @@ class SplitRule:
                 letters[letter] = axes
 
     def _is_whole(self, letter: str, mesh: Any, axes: Axes) -> bool:
-        return letter in self.units and self.lengths[letter] % (self.units[letter] * _num_devices(mesh, axes)) == 0
+        if letter not in self.units or self.lengths[letter] % (self.units[letter] * _num_devices(mesh, axes)):
+            return False
+        return letter != self.summed or self.lengths[letter] // _num_devices(mesh, axes) >= self.least
 
     def _scatter(self, letters: dict[str, Axes], mesh: Any, results: Sequence[tuple[str, Axes]]) -> dict[str, Axes]:
         """Returns the letters that the sum over the mesh shall leave split, m or n, over all axes of the sum."""
@@ -220,6 +235,17 @@ def quantize_rule(problem: QuantizeProblem, shapes: Sequence[tuple[int, ...]]) -
     if sizes is not None:
         operands.append(("groups",) if problem.rows == "segments" else lead)
     return _split_rule(operands, dims, units, lengths)
+
+
+def row_sums_rule(problem: RowSums, shapes: Sequence[tuple[int, ...]]) -> SplitRule:
+    """Returns how sums over rows may be split; `shapes` are those of lhs, rhs, sizes and the sums, as in `RowSums`."""
+    del problem
+    (rows, m), (_, n), (num_groups,), *sums = shapes
+    results: list[Dims] = [("g", "m", "n") if len(shape) == 3 else ("g", "n") for shape in sums]
+    lengths = {"k": rows, "m": m, "n": n, "g": num_groups}
+    operands: list[Dims] = [("k", "m"), ("k", "n"), ("g",), *results]
+    rule = _split_rule(operands, results, {"k": 1, "m": 1, "n": 1}, lengths, summed="k", epilogue=len(results))
+    return dataclasses.replace(rule, least=SCALE_BLOCK)  # a block that is cut has its end on the next device
 
 
 def _split_rule(

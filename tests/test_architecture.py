@@ -22,7 +22,7 @@ LEVELS = [
     {"jaxgemm.find"},
     {"jaxgemm.primitives"},
     {"jaxgemm.partition"},
-    {"jaxgemm.dispatch", "jaxgemm.split_rule"},
+    {"jaxgemm.dispatch", "jaxgemm.split_rule", "jaxgemm.row_blocks"},
     {"jaxgemm.kernels", "jaxgemm.tiles"},
     {"jaxgemm.tuning_cache"},
     {"jaxgemm.tuned_rows"},
