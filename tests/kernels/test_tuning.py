@@ -19,6 +19,7 @@ from jaxgemm.tuning import (
     neighbours,
     predicted_microseconds,
     shared_memory_bytes,
+    staged_chunks,
     why_invalid,
 )
 
@@ -81,6 +82,29 @@ def test_the_choice_is_pure():
 )
 def test_invalid_configurations_say_why(config, reason):
     assert reason in why_invalid(problem(4096, 4096, 7168), config)
+
+
+@pytest.mark.parametrize("out, columns", [(jnp.bfloat16, 96), (jnp.float32, 48)])
+def test_ragged_rows_are_stored_by_whole_swizzles(out, columns):
+    """Else the TMA would have to start where it cannot, in the middle of 128 bytes of shared memory."""
+    config = GemmConfig(64, columns, 3, 1)
+    described = problem(100, 4096, 512, out=out, kind="grouped", num_groups=4)
+    assert "128 bytes at a time" in why_invalid(described, config)
+    assert why_invalid(problem(100, 4096, 512, out=out), config) is None
+    assert why_invalid(described, dataclasses.replace(config, tile_n=2 * columns)) is None
+
+
+def test_waves_are_staged_together_where_they_fit():
+    described = problem(4096, 4096, 7168)
+    together, apart = GemmConfig(256, 128, 3), GemmConfig(256, 128, 4)
+    assert staged_chunks(described, together) == 2 * staged_chunks(described, apart) == 4
+    assert shared_memory_bytes(described, together) <= SHARED_MEMORY_BYTES < shared_memory_bytes(described, apart)
+
+
+def test_odd_rows_are_stored_from_registers_where_that_has_run():
+    assert choose_config(problem(4097, 4100, 7100), 132).masked_store
+    assert not choose_config(problem(4097, 4104, 7100), 132).masked_store
+    assert not choose_config(problem(4097, 4098, 7100, out=jnp.float32), 132).masked_store
 
 
 def test_what_no_configuration_serves_is_refused():
