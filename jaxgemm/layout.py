@@ -20,6 +20,9 @@ SCALE_BLOCK = 128
 TMA_ALIGNMENT_BYTES = 16
 """Strides of a TMA transfer must be multiples of this (CUDA driver API, `cuTensorMapEncodeTiled`)."""
 
+MOST_SUMMED_AT_ONCE = 1024
+"""Most numbers whose running sums are taken as sums of n by n numbers."""
+
 VALUE_ROW_ALIGNMENT = 8
 """Stored values are padded to a multiple of this many rows: the height of a swizzled shared-memory tile."""
 
@@ -139,7 +142,7 @@ def group_offsets(group_sizes: jax.Array, limit: int) -> jax.Array:
     """
     # Clipping each size first keeps the running sum of g sizes below g * limit.
     sizes = jnp.clip(group_sizes, 0, limit).astype(jnp.int32)
-    ends = jnp.minimum(_saturating_cumsum(sizes, limit), limit)
+    ends = jnp.minimum(_saturating_cumsum(sizes, limit, limit), limit)
     return jnp.concatenate([jnp.zeros(1, jnp.int32), ends])
 
 
@@ -166,7 +169,7 @@ def aligned_group_offsets(group_sizes: jax.Array, alignment: int = SCALE_BLOCK) 
         raise ValueError(f"alignment must be positive, got {alignment}")
     sizes = jnp.maximum(group_sizes, 0).astype(jnp.int32)
     aligned = (sizes + (alignment - 1)) // alignment * alignment
-    return jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(aligned, dtype=jnp.int32)])
+    return jnp.concatenate([jnp.zeros(1, jnp.int32), running_sum(aligned)])
 
 
 def aligned_capacity(size: int, num_groups: int, alignment: int = SCALE_BLOCK) -> int:
@@ -230,7 +233,8 @@ def clip_aligned_sizes(group_sizes: jax.Array, limit: int, alignment: int) -> ja
         [100, 0, 128]
     """
     sizes = jnp.clip(group_sizes, 0, limit).astype(jnp.int32)
-    ends = _saturating_cumsum((sizes + (alignment - 1)) // alignment * alignment, limit)
+    aligned = (sizes + (alignment - 1)) // alignment * alignment
+    ends = _saturating_cumsum(aligned, limit, limit + alignment - 1)
     starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.minimum(ends, limit)[:-1]])
     return jnp.minimum(sizes, limit - starts)
 
@@ -247,8 +251,25 @@ def group_of_row(offsets: jax.Array, num_rows: int) -> jax.Array:
     return jnp.minimum(group, offsets.shape[0] - 2).astype(jnp.int32)
 
 
-def _saturating_cumsum(sizes: jax.Array, limit: int) -> jax.Array:
-    """Sums up int32 sizes without wrapping: each partial sum stops at `limit`."""
+def running_sum(numbers: jax.Array) -> jax.Array:
+    """Returns the sum of each of int32 `[n]` and of all before it.
+
+    A few numbers take one reduction; a scan, which does less work, takes a chain of kernels on a GPU.
+
+    Example:
+        >>> running_sum(jnp.array([3, 0, 2])).tolist()
+        [3, 3, 5]
+    """
+    if numbers.shape[0] > MOST_SUMMED_AT_ONCE:
+        return jnp.cumsum(numbers)
+    index = jnp.arange(numbers.shape[0])
+    return jnp.sum(jnp.where(index <= index[:, None], numbers, 0), axis=1, dtype=numbers.dtype)
+
+
+def _saturating_cumsum(sizes: jax.Array, limit: int, largest: int) -> jax.Array:
+    """Sums up int32 sizes of at most `largest` each without wrapping: a sum is right, or at least `limit`."""
+    if sizes.shape[0] * largest <= jnp.iinfo(jnp.int32).max:
+        return running_sum(sizes)
     return jax.lax.associative_scan(lambda a, b: jnp.where(a > limit - b, limit, a + b), sizes)
 
 

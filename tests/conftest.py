@@ -1,8 +1,9 @@
 import os
 import tempfile
 
-# Eight devices, for the tests of sharding: read when JAX first looks for devices.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+# Eight devices, for the tests of sharding; and on a GPU, XLA's own products need not be fast: choosing among them takes
+# seconds for each shape. Read when JAX first looks for devices.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_gpu_autotune_level=0")
 # Threads of XLA's CPU pool. The interpreter of GPU kernels blocks one for every warpgroup that waits at a barrier,
 # and hangs on a machine of two cores, where there would be two.
 os.environ.setdefault("NPROC", "16")

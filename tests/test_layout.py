@@ -123,3 +123,19 @@ def test_clipped_aligned_sizes_fit(sizes, blocks):
     for size, got in zip(sizes, clipped, strict=True):
         assert got == min(max(size, 0), limit - start)
         start = min(start + -(-max(size, 0) // 128) * 128, limit)
+
+
+@pytest.mark.parametrize("size", [1, 7, layout.MOST_SUMMED_AT_ONCE, layout.MOST_SUMMED_AT_ONCE + 1])
+def test_running_sums_of_few_and_of_many(size):
+    numbers = np.random.default_rng(size).integers(0, 1000, size).astype(np.int32)
+    sums = layout.running_sum(jnp.asarray(numbers))
+    assert sums.dtype == jnp.int32
+    np.testing.assert_array_equal(sums, np.cumsum(numbers))
+
+
+@pytest.mark.parametrize("groups", [5, 2000])
+def test_offsets_of_few_and_of_many_groups(groups):
+    sizes = np.random.default_rng(groups).integers(-5, 300, groups)
+    limit = int(np.maximum(sizes, 0).sum()) - 100
+    expected = np.minimum(np.cumsum(np.maximum(sizes, 0)), limit)
+    np.testing.assert_array_equal(layout.group_offsets(jnp.asarray(sizes), limit), [0, *expected])

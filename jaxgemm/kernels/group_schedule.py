@@ -147,10 +147,9 @@ def row_table(problem: GemmProblem, tile_m: int, sizes: jax.Array) -> jax.Array:
         there to the end of the group (0 if past it), its k tiles (0 if it is to be zero), and where its scales start.
     """
     segments = (_masked_segments if problem.kind == "masked" else _contiguous_segments)(problem, tile_m, sizes)
-    number = jnp.arange(segments.tiles.shape[0])
-    ends = jnp.sum(jnp.where(number <= number[:, None], segments.tiles, 0), 1)
+    ends = layout.running_sum(segments.tiles)
     tile = jnp.arange(most_row_tiles(problem, tile_m), dtype=jnp.int32)
-    segment = jnp.minimum(jnp.sum(ends <= tile[:, None], 1), number[-1])
+    segment = jnp.minimum(jnp.sum(ends <= tile[:, None], 1), segments.tiles.shape[0] - 1)
     before = (tile - (ends - segments.tiles)[segment]) * tile_m
     fields = (
         segments.group[segment],
