@@ -48,6 +48,7 @@ from jaxgemm.kernels.hopper_quantize_plan import (
     QuantizeConfig,
     default_config,
     row_table,
+    segment_of_tile,
     why_not,
 )
 from jaxgemm.kernels.hopper_quantize_slab import apply_function, quantize_slab
@@ -121,9 +122,8 @@ def _sum_tiles(problem: QuantizeProblem, partial: jax.Array, sizes: jax.Array | 
     """Adds up the column sums of the tiles of each array, or of each group: `[matrices or g, columns]`."""
     if problem.rows != "segments":
         return partial.sum(-2)
-    offsets = layout.group_offsets(sizes, rows)
-    _, group, _ = layout.aligned_source_rows(offsets, partial.shape[1] * BLOCK)
-    of_group = group[::BLOCK] == jnp.arange(problem.num_groups)[:, None]
+    group, _ = segment_of_tile(layout.group_offsets(sizes, rows), partial.shape[1] * BLOCK, BLOCK)
+    of_group = group == jnp.arange(problem.num_groups)[:, None]
     return jnp.where(of_group[..., None], partial[0], 0).sum(1)
 
 

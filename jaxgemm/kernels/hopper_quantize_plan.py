@@ -86,13 +86,30 @@ def row_table(problem: QuantizeProblem, tile_m: int, rows: int, sizes: jax.Array
     """
     if problem.rows == "segments":
         offsets = layout.group_offsets(sizes, rows)
-        source, _, valid = layout.aligned_source_rows(offsets, layout.aligned_capacity(rows, problem.num_groups))
-        source, count = source[::tile_m], valid.reshape(-1, tile_m).sum(1)
+        group, within = segment_of_tile(offsets, layout.aligned_capacity(rows, problem.num_groups), tile_m)
+        source, count = offsets[group] + within, jnp.clip(jnp.diff(offsets)[group] - within, 0, tile_m)
     else:
         source = jnp.arange(0, rows, tile_m)
         count = jnp.clip(sizes.reshape(-1, 1) - source, 0, tile_m)
         source = jnp.broadcast_to(source, count.shape)
     return jnp.stack([jnp.where(count > 0, source, rows), count]).astype(jnp.int32).reshape(-1)
+
+
+def segment_of_tile(offsets: jax.Array, capacity: int, tile_m: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the group whose segment each tile of rows lies in, and how many of the segment's rows come before it.
+
+    Args:
+        offsets: int32 `[g + 1]`, from `layout.group_offsets`.
+        capacity: rows of all segments.
+        tile_m: rows of a tile; segments start at multiples of it.
+
+    Returns:
+        int32 `[ceil(capacity / tile_m)]` each. Tiles past the last segment count to it, past its end.
+    """
+    starts = layout.aligned_group_offsets(jnp.diff(offsets))
+    first = jnp.arange(0, capacity, tile_m, dtype=jnp.int32)
+    group = jnp.minimum(jnp.sum(starts[1:] <= first[:, None], 1), offsets.shape[0] - 2)
+    return group, first - starts[group]
 
 
 @dataclasses.dataclass(frozen=True)
