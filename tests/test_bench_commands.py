@@ -205,6 +205,22 @@ def test_a_case_that_fails_is_a_row_and_fails_the_run(tmp_path):
         assert row["missing"]["jaxgemm"].startswith("NotImplementedError") and not row["times"]
 
 
+@pytest.mark.parametrize("most", [0, 1])
+def test_an_interrupted_run_prints_what_it_has(tiny_cases, monkeypatch, capsys, most):
+    run_case, seen = quantize.run_case, []
+
+    def run_one(case, setup):
+        if len(seen) == most:
+            raise KeyboardInterrupt
+        seen.append(case.name)
+        return run_case(case, setup)
+
+    monkeypatch.setattr(quantize, "run_case", run_one)
+    assert bench("quantize") == 130
+    out = capsys.readouterr().out
+    assert all(name in out for name in seen) and "interrupted" in out
+
+
 @pytest.mark.parametrize("factor, code", [(1e9, 0), (1e-9, 1)])
 def test_compare_on_the_command_line(factor, code, tmp_path, capsys):
     path, shape = tmp_path / "old.json", ["--m", "8", "--n", "8", "--k", "8", "--vs", "", "--cold-megabytes", "0"]

@@ -5,6 +5,7 @@ import dataclasses
 import os
 import pathlib
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -33,6 +34,7 @@ from jaxgemm.problem import IMPLEMENTATIONS
 
 REFUSED = 2
 FAILED = 1
+INTERRUPTED = 130
 
 TRAIN_SIZES = tuple(field.name for field in dataclasses.fields(train.TrainCase) if field.type is int)
 
@@ -116,10 +118,18 @@ def run(options: argparse.Namespace, arguments: list[str], timer: Timer, copy_by
                 report.write(new, options.json)  # after each case: a run that is stopped leaves what it has
             advance("; ".join(summary(row) for row in rows))
 
-        rows = collect(cases, module.run_case, setup, on_rows)
+        try:
+            collect(cases, module.run_case, setup, on_rows)
+            interrupted = False
+        except KeyboardInterrupt:
+            interrupted = True
+    rows = new["rows"]
     print_report(new)
     if options.plot:
         roofline.plot(new, options.plot)
+    if interrupted:
+        print("interrupted: what was measured until then is above")
+        return INTERRUPTED
     failed = any(OWN not in row["times"] or any(name.startswith(OWN) for name in row["missing"]) for row in rows)
     slower = report.regressions(new, old) if old else []
     for line in slower:
@@ -279,4 +289,5 @@ def _sizes(text: str) -> list[int]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a run that is told to end prints what it has, too
     sys.exit(main())
