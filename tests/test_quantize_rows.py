@@ -41,7 +41,8 @@ def test_rows_that_do_not_count_are_zeros(block):
 def test_column_sums_leave_them_out():
     x = random(1, 3, 40, 200)
     *_, total = jaxgemm.quantize_both(poisoned(x, ROWS), column_sum=True, valid_rows=ROWS)
-    np.testing.assert_allclose(total, zeroed(x, ROWS).sum(-2), rtol=1e-6)
+    expected = zeroed(x, ROWS).sum(-2)  # in another order, where terms may cancel
+    np.testing.assert_allclose(total, expected, rtol=1e-6, atol=1e-6 * np.abs(x).sum(-2).max())
 
 
 def test_a_function_in_front_leaves_them_out():
