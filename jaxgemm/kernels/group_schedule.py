@@ -21,7 +21,7 @@ FIELDS = 5
 """Of a tile of rows in its table: group, first row, rows left in the group, k tiles, where its scales start."""
 
 SCALE_ALIGNMENT = layout.TMA_ALIGNMENT_BYTES // 4
-"""Float32 scales that the TMA can start to read at are those of every so manieth row."""
+"""The TMA can start to read a row of float32 scales at multiples of this."""
 
 
 @dataclasses.dataclass(frozen=True)
