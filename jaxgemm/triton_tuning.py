@@ -60,8 +60,8 @@ TILES = (
     TritonConfig(16, 64, num_warps=4, num_stages=6),
     TritonConfig(16, 32, num_warps=4, num_stages=6),
 )
-"""What is chosen from: by what the compiler makes of them. On an H200, 4096^3 takes 159 us with 128x128, 155 with 64x128,
-162 with 128x64 and 206 with 64x64 (`benchmarks/results/triton-h200.json`); the others have not been measured.
+"""What is chosen from: by what the compiler makes of them. On an H200, 4096^3 takes 159 us with 128x128, 155 with
+64x128, 162 with 128x64 and 206 with 64x64 (`benchmarks/results/triton-h200.json`); the others have not been measured.
 
 128x128 on eight warps keeps 64 sums and 64 partial products a thread, the most that leave room for addresses without
 spills, and asks least of the L2 cache. Four stages of it fill 128 KiB, one program a multiprocessor. The smaller tiles
