@@ -32,6 +32,7 @@ from jaxgemm.quantize import quantize, quantize_both, quantize_function, quantiz
 from jaxgemm.recipe import Recipe
 from jaxgemm.reference import activate
 from jaxgemm.scaled_array import ScaledArray
+from jaxgemm.scopes import part
 
 RESIDUAL_NAMES = ("jaxgemm_lhs", "jaxgemm_rhs", "jaxgemm_pre_activation")
 
@@ -89,7 +90,7 @@ def scaled_dot(options: DotOptions, lhs: Any, rhs: Any, bias: Any, sizes: Any) -
         `[m, n]`; masked `[g, m, n]`.
     """
     recipe = options.recipe
-    with jax.named_scope("fp8_fprop"):
+    with part("fprop"):
         keywords = {"valid_rows": valid_rows(options, lhs, sizes), **options.quantizer(recipe.lhs_dtype)}
         lhs_q = quantize(lhs, recipe.lhs_block_shape, **keywords)
         if not isinstance(rhs, ScaledArray):
@@ -99,7 +100,7 @@ def scaled_dot(options: DotOptions, lhs: Any, rhs: Any, bias: Any, sizes: Any) -
 
 def _forward(options: DotOptions, lhs: Any, rhs: Any, bias: Any, sizes: Any) -> tuple[jax.Array, Any]:
     """fprop, keeping what the backward pass needs."""
-    with jax.named_scope("fp8_fprop"):
+    with part("fprop"):
         lhs_q, lhs_residual = quantize_lhs(options, lhs, sizes)
         rhs_residual, rhs_forward = quantize_rhs(options, rhs)
         out = row_product(options, lhs_q, rhs_forward, sizes, options.out_dtype, bias, None)
@@ -121,16 +122,14 @@ def _forward(options: DotOptions, lhs: Any, rhs: Any, bias: Any, sizes: Any) -> 
 def _backward(options: DotOptions, residuals: Any, dout: jax.Array) -> tuple[Any, ...]:
     """dgrad, wgrad and the bias' gradient."""
     lhs_residual, rhs_residual, pre_activation, sizes, lhs = residuals
-    with jax.named_scope("fp8_quantize_dout"):
+    with part("quantize_dout"):
         if options.kind == "grouped" and pre_activation is not None:  # there is no pass that does it
             dout, pre_activation = _activation_gradient(options, dout, pre_activation), None
         dout_q, dout_wgrad, dbias = quantize_dout(options, dout, sizes, pre_activation)
-    with jax.named_scope("fp8_dgrad"):
-        dlhs = dgrad(options, dout_q, rhs_residual, sizes, options.lhs_dtype)
-    with jax.named_scope("fp8_wgrad"):
-        drhs = wgrad(options, lhs_residual, dout_wgrad, sizes)
-        if lhs is not None:
-            drhs, dbias = split_over_rows(options, lhs, dout, sizes, drhs, dbias)
+    dlhs = dgrad(options, dout_q, rhs_residual, sizes, options.lhs_dtype)
+    drhs = wgrad(options, lhs_residual, dout_wgrad, sizes)
+    if lhs is not None:
+        drhs, dbias = split_over_rows(options, lhs, dout, sizes, drhs, dbias)
     return *settle_gradients(options, dlhs, drhs, dbias), None
 
 
@@ -157,12 +156,14 @@ def row_product(
     return masked_grouped_gemm(lhs, rhs, sizes, bias, **keywords)
 
 
+@part("dgrad")
 def dgrad(options: DotOptions, dout: ScaledArray, rhs: ScaledArray, sizes: Any, out_dtype: Any) -> jax.Array:
     """The gradient of lhs, from the weight that the forward pass kept."""
     rhs = rhs.T if options.rhs_dtype is None else rhs  # one that came quantised was kept as it came
     return row_product(options, dout, rhs, sizes, out_dtype)
 
 
+@part("wgrad")
 def wgrad(options: DotOptions, lhs: Any, dout: Any, sizes: Any = None) -> jax.Array | None:
     """The gradient of rhs, `[k, n]` or `[g, k, n]`, from what the quantisers below kept; None for a constant."""
     if options.rhs_dtype is None:  # a weight that came quantised

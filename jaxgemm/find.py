@@ -14,6 +14,7 @@ from jax.interpreters import partial_eval
 
 from jaxgemm.primitives import GEMM_PRIMITIVES, fp8_quantize_p
 from jaxgemm.problem import GemmProblem, QuantizeProblem
+from jaxgemm.scopes import own_scope, scope_names
 
 FP8_PRIMITIVES = (*GEMM_PRIMITIVES.values(), fp8_quantize_p)
 
@@ -24,9 +25,6 @@ RUN_ONCE = frozenset(
     }
 )  # fmt: skip
 """Equations that run the function inside them once."""
-
-SCOPE_PREFIX = "fp8_"
-"""Names of this library's `jax.named_scope`s start so."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +39,7 @@ class FoundProblem:
         runs: how often it runs in one call of the function: lengths of the scans around it, multiplied.
         condition: what `runs` cannot say: an unknown number of iterations, or a branch; None if `runs` is exact.
         devices: how many devices each run it, inside `shard_map`; shapes are one device's there.
-        scope: the innermost of this library's named scopes: "fp8_fprop", "fp8_dgrad", "fp8_wgrad", ...; or None.
+        scope: this library's named scopes: "fp8_fprop", "fp8_dgrad", "fp8_mlp_up_backward/fp8_wgrad", ...; or None.
         source: "file:line (function)" of the innermost frame outside of JAX, Flax and this library; or None.
     """
 
@@ -140,7 +138,6 @@ class _Around:
 def _problems(jaxpr: Jaxpr, around: _Around) -> Iterator[FoundProblem]:
     for eqn in jaxpr.eqns:
         if eqn.primitive in FP8_PRIMITIVES:
-            scopes = [scope for scope in (*around.scopes, *_scopes(eqn)) if scope.startswith(SCOPE_PREFIX)]
             yield FoundProblem(
                 eqn.params["problem"],
                 eqn.params["implementation"],
@@ -149,7 +146,7 @@ def _problems(jaxpr: Jaxpr, around: _Around) -> Iterator[FoundProblem]:
                 around.runs,
                 ", ".join(dict.fromkeys(around.conditions)) or None,
                 around.devices,
-                scopes[-1] if scopes else None,
+                own_scope((*around.scopes, *_scopes(eqn))),
                 _source(eqn) or around.source,
             )
             continue
@@ -175,9 +172,7 @@ def _shape(aval: Any) -> jax.ShapeDtypeStruct:
 
 
 def _scopes(eqn: JaxprEqn) -> list[str]:
-    """Names of the scopes of an equation, without the transformations that JAX wraps them in."""
-    names = str(eqn.source_info.name_stack).split("/")
-    return [name.rpartition("(")[2].rstrip(")") for name in names if name]
+    return scope_names(eqn.source_info.name_stack)
 
 
 def _source(eqn: JaxprEqn) -> str | None:

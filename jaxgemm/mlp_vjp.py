@@ -50,6 +50,7 @@ from jaxgemm.dot_vjp import (
 from jaxgemm.elementwise import FUNCTIONS
 from jaxgemm.quantize import quantize, quantize_function, quantize_transposed
 from jaxgemm.scaled_array import ScaledArray
+from jaxgemm.scopes import part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,20 +86,22 @@ def scaled_mlp(options: MlpOptions, x: Any, weights: Any, biases: Any, down: Any
         `[m, n]`.
     """
     recipe = options.down.recipe
-    x_q = quantize(x, recipe.lhs_block_shape, **options.down.quantizer(recipe.lhs_dtype))
-    pre = _up(options, x_q, [_quantize_constant(options, w) for w in weights], biases)
-    return _down(options, pre, _quantize_constant(options, down), down_bias)
+    with part("mlp_up"):
+        x_q = quantize(x, recipe.lhs_block_shape, **options.down.quantizer(recipe.lhs_dtype))
+        pre = _up(options, x_q, [_quantize_constant(options, w) for w in weights], biases)
+    with part("mlp_down"):
+        return _down(options, pre, _quantize_constant(options, down), down_bias)
 
 
 def _forward(
     options: MlpOptions, x: Any, weights: Any, biases: Any, down: Any, down_bias: Any
 ) -> tuple[jax.Array, Any]:
     """fprop of both layers, keeping what the backward pass needs."""
-    with jax.named_scope("fp8_mlp_up"):
+    with part("mlp_up"):
         x_q, x_residual = quantize_lhs(_most_trained(options.first), x)
         quantized = [quantize_rhs(layer, w) for layer, w in zip(options.first, weights, strict=True)]
         pre = name_residual(_up(options, x_q, [w for _, w in quantized], biases), RESIDUAL_NAMES[2])
-    with jax.named_scope("fp8_mlp_down"):
+    with part("mlp_down"):
         down_residual, down_forward = quantize_rhs(options.down, down)
         out = _down(options, pre, down_forward, down_bias)
     kept = [w for w, _ in quantized], down_residual
@@ -108,13 +111,13 @@ def _forward(
 def _backward(options: MlpOptions, residuals: Any, dout: jax.Array) -> tuple[Any, ...]:
     """dgrad, wgrad and the biases' gradients of both layers."""
     x_residual, (weights, down), pre = residuals
-    with jax.named_scope("fp8_mlp_down_backward"):
+    with part("mlp_down_backward"):
         dout_q, dout_wgrad, ddown_bias = quantize_dout(options.down, dout)
         dhidden = dgrad(options.down, dout_q, down, None, options.down.lhs_dtype)
         dpre, hidden = _quantize_dpre(options, dhidden, pre)
         ddown = wgrad(options.down, hidden, dout_wgrad)
         _, ddown, ddown_bias = settle_gradients(options.down, None, ddown, ddown_bias)
-    with jax.named_scope("fp8_mlp_up_backward"):
+    with part("mlp_up_backward"):
         # Two products are added before they are rounded.
         sum_dtype = options.first[0].lhs_dtype if len(dpre) == 1 else jnp.float32
         layers = list(zip(options.first, dpre, weights, strict=True))

@@ -22,6 +22,7 @@ from jaxgemm.layout import clip_to_int32
 from jaxgemm.manual_axes import match_varying, result_type
 from jaxgemm.problem import GemmProblem, QuantizeProblem, RowSums
 from jaxgemm.scaled_array import stored_scales_shape, stored_values_shape, transposed_block_shape
+from jaxgemm.scopes import kernel_label
 from jaxgemm.split_rule import gemm_rule, quantize_rule, row_sums_rule
 
 fp8_gemm_p = Primitive("fp8_gemm")
@@ -45,6 +46,7 @@ GEMM_PRIMITIVES = {
 
 def bind_gemm(problem: GemmProblem, implementation: str | None, *operands: Any) -> jax.Array:
     """Binds the primitive of `problem.kind`; `operands` as in `dispatch.run_gemm`."""
+    problem = replace(problem, label=problem.label or kernel_label())
     matched = match_varying(operands)
     rule = gemm_rule(problem, [x.shape for x in operands])
 
@@ -60,6 +62,7 @@ def bind_gemm(problem: GemmProblem, implementation: str | None, *operands: Any) 
 
 def bind_quantize(problem: QuantizeProblem, implementation: str | None, *inputs: jax.Array) -> list[jax.Array]:
     """Binds `fp8_quantize`; results as in `reference.quantize`."""
+    problem = replace(problem, label=problem.label or kernel_label())
     matched = match_varying(inputs)
     rule = quantize_rule(problem, [x.shape for x in inputs])
 

@@ -48,6 +48,7 @@ class GemmProblem:
         expected_m: for "masked": a static hint of the usual `masked_m`, to choose tiles by.
         fill: for "masked": what rows past `masked_m` hold.
         accumulate: for "k_grouped": whether the product is added to a given array.
+        label: its part in the program, for the name of its kernel: "fprop", "dgrad", "wgrad", ...; "" if unknown.
     """
 
     kind: Kind
@@ -66,6 +67,7 @@ class GemmProblem:
     expected_m: int | None = None
     fill: str = "zero"
     accumulate: bool = False
+    label: str = ""
 
     @property
     def out_shape(self) -> tuple[int, ...]:
@@ -108,6 +110,7 @@ class QuantizeProblem:
             returned is transposed alone, its columns in segments that start at multiples of 128. Rows that do not
             count are zeros to the results, whatever they hold; kernels do not read them.
         num_groups: for "segments": the number of groups.
+        label: its part in the program, for the name of its kernel; "" if unknown.
     """
 
     block_shape: tuple[int, int]
@@ -121,6 +124,7 @@ class QuantizeProblem:
     hidden: bool = False
     rows: str = "all"
     num_groups: int = 0
+    label: str = ""
 
     def split_inputs(self, inputs: Sequence[Any]) -> tuple[Sequence[Any], Any]:
         """Returns the arrays among the inputs of a pass, and the sizes; None if every row counts."""

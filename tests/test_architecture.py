@@ -29,7 +29,14 @@ LEVELS = [
     {"jaxgemm.reference", "jaxgemm.triton_tuning", "jaxgemm.tuning"},
     {"jaxgemm.problem"},
     {"jaxgemm.scaled_array"},
-    {"jaxgemm.layout", "jaxgemm.manual_axes", "jaxgemm.explicit_axes", "jaxgemm.numerics", "jaxgemm.elementwise"},
+    {
+        "jaxgemm.layout",
+        "jaxgemm.manual_axes",
+        "jaxgemm.explicit_axes",
+        "jaxgemm.numerics",
+        "jaxgemm.elementwise",
+        "jaxgemm.scopes",
+    },
     {"jaxgemm.bench.measure", "jaxgemm.bench.progress"},  # know nothing of the library; autotune times with them too
 ]
 PACKAGES = ("jaxgemm.flax", "jaxgemm.bench", "jaxgemm.kernels")

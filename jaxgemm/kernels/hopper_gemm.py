@@ -131,8 +131,9 @@ def compute_role(
         shifts = [scales and scales.shifts for scales in block_scales]
         upcoming_scales = load_scales(upcoming)
         barriers = smem["full_barrier"], smem["empty_barrier"]
+        rows_counted = None if config.swap_operands or config.warpgroups == 1 else tile.rows_left
         sums, slot = compute_tile(
-            *sides, tile, shifts, warpgroup, plan.num_waves, config.stages, *barriers, slot, multiply
+            *sides, tile, shifts, warpgroup, plan.num_waves, config.stages, *barriers, slot, multiply, rows_counted
         )
         if problem.has_bias:
             plgpu.barrier_wait(smem["bias_full"])
@@ -198,6 +199,12 @@ def _kernel(plan: Plan, adds: bool, interpret: Any, *refs: Any, **smem: Any) -> 
             compute_role(plan, schedule, sides, refs[-1], smem, adds, interpret)
 
 
+def kernel_name(problem: GemmProblem) -> str:
+    """What a profile calls the kernel: "fp8_gemm_sm90_wgrad", "fp8_gemm_sm90_masked_fprop", ..."""
+    kind = "" if problem.kind == "dense" else problem.kind
+    return "_".join(part for part in ("fp8_gemm_sm90", kind, problem.label) if part)
+
+
 def hopper_gemm(
     lhs_values: jax.Array,
     lhs_scales: jax.Array,
@@ -246,7 +253,7 @@ def hopper_gemm(
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
         interpret=interpret,
-        kernel_name="fp8_gemm_sm90",
+        kernel_name=kernel_name(problem),
         compiler_params=plgpu.CompilerParams(
             approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),

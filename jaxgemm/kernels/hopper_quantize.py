@@ -58,6 +58,13 @@ from jaxgemm.scaled_array import stored_scales_shape, stored_values_shape
 __all__ = ["QuantizeConfig", "default_config", "hopper_quantize", "why_not"]
 
 
+def kernel_name(problem: QuantizeProblem) -> str:
+    """What a profile calls the kernel: "fp8_quantize_fprop", "fp8_quantize_silu_backward_dout", ..."""
+    return "_".join(
+        part for part in ("fp8_quantize", problem.function, problem.label.removeprefix("quantize_")) if part
+    )
+
+
 def hopper_quantize(
     *inputs: jax.Array, problem: QuantizeProblem, config: QuantizeConfig, num_sms: int, interpret: bool = False
 ) -> list[jax.Array]:
@@ -97,7 +104,7 @@ def hopper_quantize(
         grid_names=("block",),
         num_threads=plan.num_warpgroups,
         thread_name="warpgroup",
-        kernel_name="fp8_quantize" + (f"_{problem.function}" if problem.function else ""),
+        kernel_name=kernel_name(problem),
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             lowering_semantics=plgpu.LoweringSemantics.Lane,

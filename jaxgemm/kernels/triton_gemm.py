@@ -197,7 +197,7 @@ def triton_gemm(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         compute_capability=capability,
-        name="fp8_gemm_triton",
+        name="_".join(part for part in ("fp8_gemm_triton", problem.label) if part),
         **version_keywords,
         **constants(problem, config),
     )

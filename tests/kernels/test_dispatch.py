@@ -16,7 +16,14 @@ from jaxgemm.quantize import quantize_function
 if jax.__version_info__ < (0, 11):
     pytest.skip("this jax does not have the Pallas that the kernels are written for", allow_module_level=True)
 
-GEMM_KERNEL, QUANTIZE_KERNEL = "fp8_gemm_sm90_mosaic_gpu", "fp8_quantize_mosaic_gpu"
+
+def kernels(text, name):
+    """What comes behind this name in the names of the kernels that are called."""
+    return [label.strip("_") for label in re.findall(rf"{name}(\w*?)_?mosaic_gpu", text)]
+
+
+def products(text):
+    return len(kernels(text, "fp8_gemm_sm90"))
 
 
 def lowered(function, *args):
@@ -28,13 +35,15 @@ def test_training_multiplies_in_fp8_in_all_three_products():
     x, w, bias = random(0, 300, 576), random(1, 576, 200), random(2, 200)
     gradients = jax.grad(lambda *args: (jaxgemm.fp8_dot(*args) ** 2).sum(), (0, 1, 2))
     text = lowered(gradients, x, w, bias)
-    assert (text.count(GEMM_KERNEL), text.count(QUANTIZE_KERNEL)) == (3, 3)
+    # What a profile shows: of a kernel in a CUDA graph it knows the name alone.
+    assert kernels(text, "fp8_gemm_sm90") == ["fprop", "dgrad", "wgrad"]
+    assert kernels(text, "fp8_quantize") == ["fprop", "fprop", "dout"]
     assert "dot_general" not in text
 
 
 def test_forward_alone_is_one_product():
     text = lowered(functools.partial(jaxgemm.fp8_dot, activation="gelu"), random(0, 7, 7), random(1, 7, 7))
-    assert (text.count(GEMM_KERNEL), text.count(QUANTIZE_KERNEL)) == (1, 2)
+    assert (products(text), len(kernels(text, "fp8_quantize"))) == (1, 2)
 
 
 def copies(text):
@@ -47,7 +56,7 @@ def test_operands_that_are_aligned_are_not_copied():
     """Between the caller's FP8 arrays and the kernel nothing is padded, sliced or transposed, nor behind it."""
     lhs, rhs = operands(256, 512, 1024)
     text = lowered(jaxgemm.gemm, lhs, rhs)
-    assert text.count(GEMM_KERNEL) == 1
+    assert products(text) == 1
     assert not copies(text)
 
 
@@ -64,7 +73,7 @@ def test_falling_back_on_a_gpu_is_logged_once(caplog):
     with caplog.at_level(logging.WARNING, "jaxgemm"):
         for n in (16, 8):
             text = lowered(jaxgemm.gemm, lhs, jaxgemm.quantize(random(0, n, 256), SQUARE))
-            assert GEMM_KERNEL not in text
+            assert not products(text)
     messages = [r.message for r in caplog.records if "a dense problem is not served by 'mosaic'" in r.message]
     assert len(messages) == 1 and "lhs must have blocks of (1, 128) or (128, 128)" in messages[0]
 
@@ -80,14 +89,14 @@ def test_groups_train_on_the_kernels():
     x, w, sizes = random(0, 300, 256), random(1, 3, 256, 200), jnp.array([100, 0, 150])
     dot = jaxgemm.grouped_fp8_dot
     text = lowered(jax.grad(lambda x, w, b: (dot(x, w, sizes, b) ** 2).sum(), (0, 1, 2)), x, w, random(2, 3, 200))
-    assert text.count(GEMM_KERNEL) == 3 and "dot_general" not in text
+    assert products(text) == 3 and "dot_general" not in text
 
 
 def test_masked_groups_train_on_the_kernels():
     x, w, sizes = random(0, 3, 40, 256), random(1, 3, 256, 200), jnp.array([40, 0, 15])
     dot = jaxgemm.masked_grouped_fp8_dot
     text = lowered(jax.grad(lambda x, w: (dot(x, w, sizes) ** 2).sum(), (0, 1)), x, w)
-    assert text.count(GEMM_KERNEL) == 3 and "dot_general" not in text
+    assert products(text) == 3 and "dot_general" not in text
 
 
 @pytest.mark.parametrize(
@@ -105,7 +114,7 @@ def test_weight_gradients_of_groups_add_to_an_array(n, dtype, adds_itself):
     traced = jax.jit(add, donate_argnums=3).trace(lhs, rhs, sizes, total)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     [call] = [line for line in text.splitlines() if "fp8_gemm_sm90" in line and "custom_call" in line]
-    assert text.count(GEMM_KERNEL) == 1
+    assert products(text) == 1
     assert ("output_operand_alias" in call) == adds_itself
 
 
@@ -123,17 +132,16 @@ def test_kernels_count_in_32_bits_whatever_the_mode(x64):
         sizes = jnp.array([40, 0, 15])
         loss = lambda x, w: (jaxgemm.masked_grouped_fp8_dot(x, w, sizes) ** 2).sum()  # noqa: E731
         text = lowered(jax.grad(lambda x, w: loss(x, w) + jaxgemm.fp8_dot(x[0], w[0]).sum(), (0, 1)), x, w)
-    assert text.count(GEMM_KERNEL) >= 5 and "fp8_quantize" in text and "dot_general" not in text
+    assert products(text) >= 5 and "fp8_quantize" in text and "dot_general" not in text
 
 
-@pytest.mark.parametrize("dtype, kernels", [(jnp.bfloat16, 1), (jnp.float32, 2)])
-def test_functions_are_fused_where_they_fit(dtype, kernels):
+@pytest.mark.parametrize("dtype, passes", [(jnp.bfloat16, ["silu_gate_backward"]), (jnp.float32, ["", ""])])
+def test_functions_are_fused_where_they_fit(dtype, passes):
     """Three tiles of float32 do not fit in shared memory: XLA takes the function, and a kernel each result."""
     inputs = [random(i, 256, 384, dtype=dtype) for i in range(3)]
     function = functools.partial(quantize_function, "silu_gate_backward", implementation="mosaic")
     text = lowered(function, *inputs)
-    assert len(re.findall("fp8_quantize_(?:silu_gate_backward_)?mosaic_gpu", text)) == kernels
-    assert text.count("fp8_quantize_silu_gate_backward_mosaic_gpu") == (dtype == jnp.bfloat16)
+    assert kernels(text, "fp8_quantize") == passes
     assert ("stablehlo.exponential" in text) == (dtype == jnp.float32)
 
 
@@ -165,8 +173,8 @@ def test_an_mlp_trains_in_kernels_alone(joined, h, products, passes):
         return (jaxgemm.fp8_mlp(x, *weights, implementation="mosaic").astype(jnp.float32) ** 2).sum()
 
     text = lowered(jax.grad(loss, (0, 1)), random(0, 192, k, dtype=jnp.bfloat16), weights)
-    found = re.findall(r"fp8_quantize_((?:silu_gate_(?:backward_)?)?)mosaic_gpu", text)
-    assert text.count(GEMM_KERNEL) == products
+    found = ["".join(re.findall("silu_gate_(?:backward_)?", label + "_")) for label in kernels(text, "fp8_quantize")]
+    assert len(kernels(text, "fp8_gemm_sm90")) == products
     assert sorted(found) == sorted(passes)
     assert "dot_general" not in text
     fused = "silu_gate_" in passes
@@ -181,5 +189,5 @@ def test_the_gradient_of_an_activation_costs_no_pass_of_its_own():
     for activation in ("relu", "gelu", "silu"):
         dot = functools.partial(jaxgemm.fp8_dot, activation=activation)
         text = lowered(lambda x, w, b, dout, dot=dot: jax.vjp(dot, x, w, b)[1](dout), x, w, bias, x[:, :256])
-        assert text.count(f"fp8_quantize_{activation}_backward_mosaic_gpu") == 1
-        assert (text.count(GEMM_KERNEL), text.count(QUANTIZE_KERNEL)) == (3, 2)
+        assert products(text) == 3
+        assert kernels(text, "fp8_quantize") == ["fprop", "fprop", f"{activation}_backward_dout"]
