@@ -1,5 +1,6 @@
 """`autotune`: times the tiles that could compute a function's products on this GPU, and remembers the fastest."""
 
+import concurrent.futures
 import dataclasses
 import datetime
 import functools
@@ -21,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 MARGIN = 0.01
 """By how much a tile must beat the one that is chosen now: repeated runs of one kernel differ by about as much."""
+
+COMPILERS = 8
+"""How many configurations are compiled at once."""
 
 FINALISTS = 3
 """How many of the fastest take turns in the end, so that all see the same clocks."""
@@ -273,10 +277,16 @@ class _Search:
             self.expected, self.expected_from = None, "the first configuration that ran"
 
     def run(self, configs: Iterable[GemmConfig]) -> None:
-        """Tries configurations, unless they were tried or there have been enough."""
-        for config in configs:
-            if config not in self.trials and len(self.trials) < self.tuner.most_configs:
-                self.trials[config] = self._try(config)
+        """Tries configurations, unless they were tried or there have been enough.
+
+        Several are compiled at once, which takes longer than to time them; they are timed one after the other.
+        """
+        fresh = [config for config in dict.fromkeys(configs) if config not in self.trials]
+        fresh = fresh[: self.tuner.most_configs - len(self.trials)]
+        with concurrent.futures.ThreadPoolExecutor(COMPILERS) as pool:
+            compiled = [pool.submit(self.tuner.compile, self.problem, config, self.sets) for config in fresh]
+            for config, call in zip(fresh, compiled, strict=True):
+                self.trials[config] = self._try(config, call.result)
                 self.advance()
 
     def fastest(self) -> list[Trial]:
@@ -302,10 +312,10 @@ class _Search:
         best = min(times, key=lambda config: times[config])
         return self.trials[before if before in times and times[best] >= (1 - MARGIN) * times[before] else best]
 
-    def _try(self, config: GemmConfig) -> Trial:
-        """Compiles, checks and times one configuration; whatever goes wrong rejects it."""
+    def _try(self, config: GemmConfig, compiled: Callable[[], Call]) -> Trial:
+        """Checks and times one configuration; whatever goes wrong rejects it, also when it was compiled."""
         try:
-            call = self.tuner.compile(self.problem, config, self.sets)
+            call = compiled()
             result = call.first()
             if self.expected is None:
                 self.expected = result
