@@ -263,16 +263,16 @@ GROUP_TILE_MICROSECONDS = {1: 2.2, 2: 3.7}
 """The same for groups, by the waves of a warpgroup: contiguous and k-grouped products, H200."""
 
 LATENCY_MICROSECONDS = 0.2
-"""Least time of a k tile: wait, multiply, promote."""
+"""Least time of a k tile: wait, multiply, promote; one warpgroup alone takes longer (`_latency`)."""
 
-SM_BYTES_PER_MICROSECOND = 85e3
-"""What one SM takes in from the L2 cache; 128x128 tiles reached 80e3."""
+SM_BYTES_PER_MICROSECOND = 90e3
+"""What one SM takes in from the L2 cache: 128x64 tiles of 128 rows, H200."""
 
-MEMORY_BYTES_PER_MICROSECOND = 3.3e6
-"""Device memory, between an H100 and an H200."""
+MEMORY_BYTES_PER_MICROSECOND = 3.6e6
+"""What weights are read at: device memory, between an H100 and an H200."""
 
-SPLIT_MICROSECONDS = 1.5
-"""Time to exchange partial sums in a cluster."""
+SPLIT_MICROSECONDS = (0.5, 0.01)
+"""Time to exchange partial sums in a cluster: of any tile, and for each of its columns."""
 
 
 GROUP_SPREAD = (0.7, 0.85, 1.0, 1.15, 1.3)
@@ -294,12 +294,26 @@ def predicted_microseconds(problem: GemmProblem, config: GemmConfig, num_sms: in
     macs = config.tile_rows * max(config.tile_columns, 16)  # a k tile's, in units of its depth
     chunks = config.tile_columns // math.gcd(config.tile_columns, SCALE_BLOCK)
     promote = 1.3 if _all_scales_per_row(problem) else 1 + 0.02 * (chunks - 1)
+    promote *= 1.5 if config.swap_operands and config.tile_columns > 64 else 1.0
     multiply = k_tiles * macs * MAC_MICROSECONDS * narrow * shallow * promote
     ingest = k_tiles * (config.tile_m + config.tile_n) * SCALE_BLOCK / SM_BYTES_PER_MICROSECOND
-    busy = waves * max(multiply, ingest, k_tiles * LATENCY_MICROSECONDS)
+    busy = waves * max(multiply, ingest, k_tiles * _latency(problem, config))
     memory = extent.products * (extent.m + problem.n) * extent.k / MEMORY_BYTES_PER_MICROSECOND
     tile = TILE_MICROSECONDS if problem.kind == "dense" else GROUP_TILE_MICROSECONDS[min(config.num_waves, 2)]
-    return max(busy, memory) + waves * tile + (SPLIT_MICROSECONDS if config.split_k > 1 else 0)
+    split = SPLIT_MICROSECONDS[0] + SPLIT_MICROSECONDS[1] * config.tile_columns if config.split_k > 1 else 0.0
+    return max(busy, memory) + waves * tile + split
+
+
+def _latency(problem: GemmProblem, config: GemmConfig) -> float:
+    """Least microseconds of a k tile: if one warpgroup multiplies and promotes in turn, by the columns of its wave.
+
+    Fitted to products of 1 to 128 rows on an H200.
+    """
+    if config.warpgroups > 1:
+        return LATENCY_MICROSECONDS
+    scaled_per_row = _block_shapes(problem)[not config.swap_operands][0] == 1
+    first, each = (0.155, 0.0015) if scaled_per_row else (0.1, 0.0014)
+    return config.num_waves * max(0.17, first + each * config.tile_columns)
 
 
 @functools.lru_cache(maxsize=1024)

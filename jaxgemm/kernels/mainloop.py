@@ -202,7 +202,8 @@ def compute_tile(
     full_barrier: Any,
     empty_barrier: Any,
     slot: jax.Array,
-    multiply_wave: Callable[..., jax.Array],
+    multiply_wave: Callable[..., tuple[jax.Array, Any]],
+    rows_counted: jax.Array | None = None,
 ) -> tuple[list[list[jax.Array]], jax.Array]:
     """A compute warpgroup's part of a tile: multiplies each k tile, scales the partial and adds it in float32.
 
@@ -221,11 +222,14 @@ def compute_tile(
         empty_barrier: arrived at once a stage has been read.
         slot: the next stage.
         multiply_wave: see `jaxgemm.kernels.wave`.
+        rows_counted: rows of the tile that count; None if all do. A warpgroup with none of them only passes over the
+            stages, and leaves the tensor core to the others; its sums are zeros.
 
     Returns:
         The float32 sums, one list of column chunks `[64, chunk]` a wave, and the next stage.
     """
-    late = loads_scales_late(rows[0], columns[0])
+    when = when_scales_are_read(rows[0], columns[0], num_waves)
+    all_release = every_thread_releases(rows[0], columns[0], num_waves)
     chunk = chunk_columns(columns[0])
     chunks = range(0, columns[0].tile, chunk)
     first_row = warpgroup * (num_waves * WAVE_ROWS)
@@ -243,42 +247,71 @@ def compute_tile(
         place = ScalePlace(slot, warpgroup, tile.k.first + step, tile.group)
         plgpu.barrier_wait(full_barrier.at[slot])
 
-        def load_row_scales(row):
-            return _load_scales(rows, place, shifts[0], tile.row_start, row, WAVE_ROWS, axis=0)
+        def load_scales(wave_rows):
+            load_rows = functools.partial(_load_scales, rows, place, shifts[0], tile.row_start)
+            load_columns = functools.partial(_load_scales, columns, place, shifts[1], tile.column_start)
+            of_rows = [load_rows(row, WAVE_ROWS, axis=0) for row in wave_rows]
+            return of_rows, [load_columns(column, chunk, axis=1) for column in chunks]
 
-        def load_column_scales():
-            load_chunk = functools.partial(_load_scales, columns, place, shifts[1], tile.column_start)
-            return [load_chunk(column, chunk, axis=1) for column in chunks]
-
-        if not late:
-            row_scales, column_scales = [load_row_scales(row) for row in wave_rows], load_column_scales()
+        scales = load_scales(wave_rows) if when == "before" else None
         new_sums = []
         for wave, row in enumerate(wave_rows):
-            recycled = multiply_wave(rows[1].values_smem, columns[1].values_smem, slot, row, recycled)
-            scales = (load_row_scales(row), load_column_scales()) if late else (row_scales[wave], column_scales)
-            if wave == num_waves - 1 and not late:
+            reads_now = when == "during" and wave == 0
+            meanwhile = functools.partial(load_scales, wave_rows) if reads_now else lambda scales=scales: scales
+            values = rows[1].values_smem, columns[1].values_smem
+            recycled, scales = multiply_wave(*values, slot, row, recycled, meanwhile)
+            if when == "after":
+                (row_scale,), column_scales = load_scales([row])
+            else:
+                row_scale, column_scales = scales[0][wave], scales[1]
+            if wave == num_waves - 1 and not all_release:
                 plgpu.barrier_arrive(empty_barrier.at[slot])
-            new_sums.append(promote(recycled, sums[wave], *scales))
-        if late:
+            new_sums.append(promote(recycled, sums[wave], row_scale, column_scales))
+        if all_release:
             plgpu.barrier_arrive(empty_barrier.at[slot])
         return next_slot(slot, stages), new_sums, recycled
+
+    def pass_over(step, slot):
+        del step
+        plgpu.barrier_wait(full_barrier.at[slot])
+        plgpu.barrier_arrive(empty_barrier.at[slot])
+        return next_slot(slot, stages)
 
     def zero(width):
         return plgpu.layout_cast(jnp.zeros((WAVE_ROWS, width), jnp.float32), ACCUMULATOR_LAYOUT)
 
     sums = [[zero(chunk) for _ in chunks] for _ in range(num_waves)]
-    slot, sums, _ = lax.fori_loop(0, tile.k.num_tiles, accumulate_k_tile, (slot, sums, zero(columns[0].tile)))
+    k_tiles = tile.k.num_tiles
+    if rows_counted is not None:  # a group may end before this warpgroup's rows
+        k_tiles = lax.select(first_row < rows_counted, k_tiles, jnp.int32(0))
+    slot, sums, _ = lax.fori_loop(0, k_tiles, accumulate_k_tile, (slot, sums, zero(columns[0].tile)))
+    if rows_counted is not None:
+        slot = lax.fori_loop(k_tiles, tile.k.num_tiles, pass_over, slot)
     return sums, slot
 
 
-def loads_scales_late(rows: Operand, columns: Operand) -> bool:
-    """Whether scales are read after each wave's product: if many, they would crowd out the sums.
+def when_scales_are_read(rows: Operand, columns: Operand, num_waves: int) -> str:
+    """When a k tile's scales are read, beside its products: "before", "during" the first one, or "after" each.
 
-    NOTE: the scales that are read before the last product have been read by all warps of the warpgroup once that
-    product is complete, since it needs them all; then one thread can release the stage for them all. Late ones
-    have not, and every thread must arrive.
+    Many take a while to read (each warp reads all of the columns' 1x128 scales: 14 loads for 112 of them), and the
+    assembler lets no product begin before what was read so far is there; so they are read during the first of several.
+    Too many would crowd out the sums, and are read for each wave when its product is done.
     """
-    return columns.scale_per_row and columns.tile > MAX_EARLY_COLUMNS
+    if not columns.scale_per_row:
+        return "before"
+    if columns.tile > MAX_EARLY_COLUMNS:
+        return "after"
+    return "during" if num_waves > 1 and rows.scale_per_row else "before"
+
+
+def every_thread_releases(rows: Operand, columns: Operand, num_waves: int) -> bool:
+    """Whether every thread must arrive to release a stage, not one for all of its warpgroup.
+
+    NOTE: the scales that are read before the last product begins have been read by all warps of the warpgroup once
+    that product is complete, since it needs them all; then one thread can release the stage for them all.
+    """
+    when = when_scales_are_read(rows, columns, num_waves)
+    return when == "after" or (when == "during" and num_waves == 1)
 
 
 def chunk_columns(columns: Operand) -> int:
