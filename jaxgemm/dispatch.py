@@ -78,10 +78,15 @@ def run_gemm(problem: GemmProblem, platform: str, implementation: str | None, *o
             the sizes if it has groups.
     """
     chosen = choose(problem, platform, implementation)
-    if 0 in (problem.m, problem.n, problem.k, problem.num_groups):  # nothing to multiply, whoever was chosen
+    if not has_work(problem):  # whoever was chosen
         chosen = "xla"
     runners: dict[str, Callable[..., jax.Array]] = {"mosaic": _run_mosaic, "triton": _run_triton, "xla": _run_xla}
     return runners[chosen](problem, *operands)
+
+
+def has_work(problem: GemmProblem) -> bool:
+    """Returns whether there is anything to multiply."""
+    return 0 not in (problem.m, problem.n, problem.k, problem.num_groups)
 
 
 def run_quantize(

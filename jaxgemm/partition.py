@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.custom_partitioning import custom_partitioning
@@ -23,6 +24,9 @@ from jaxgemm.row_blocks import take_blocks
 from jaxgemm.split_rule import Axes, Dims, Split, SplitRule, gemm_rule, quantize_rule, row_sums_rule
 
 NO_MESH = jax.sharding.AbstractMesh((), ())
+
+KERNEL_CALLS = ("mosaic_gpu_v2", "triton_kernel_call", "triton_kernel_call_ffi")
+"""What programs call kernels by; `jax.export` must be told that it will exist where they run: in this process."""
 
 
 def run_gemm(problem: GemmProblem, platform: str, implementation: str | None, *operands: Any) -> jax.Array:
@@ -118,13 +122,14 @@ def local_gemm(
     elif problem.kind != "dense":
         epilogue[-1] = _local_rows(problem, epilogue[-1], problem.m, split.letters.get("m", ()))
     if "k" not in split.letters:
-        return dispatch.run_gemm(share, platform, implementation, *parts, *epilogue)
+        return _run_once_lowered(dispatch.run_gemm, share, platform, implementation, *parts, *epilogue)
 
     partial = dataclasses.replace(
         share, has_bias=False, accumulate=False, activation=None, out_dtype=np.dtype(np.float32)
     )
     sizes = epilogue.pop() if problem.kind != "dense" else None
-    total = dispatch.run_gemm(partial, platform, implementation, *parts, *([] if sizes is None else [sizes]))
+    rest = [] if sizes is None else [sizes]
+    total = _run_once_lowered(dispatch.run_gemm, partial, platform, implementation, *parts, *rest)
     total, share, sizes = _sum(share, rule, split, total, sizes)
     addend = epilogue.pop() if epilogue else None
     if problem.kind in ("k_grouped", "k_masked"):
@@ -144,7 +149,7 @@ def local_quantize(
     axes = split.letters.get("r", ())
     if problem.rows == "masked":
         inputs = (*inputs[:-1], _local_mask(inputs[-1], rule.lengths["r"], axes))
-    outputs = dispatch.run_quantize(problem, platform, implementation, *inputs)
+    outputs = _run_once_lowered(dispatch.run_quantize, problem, platform, implementation, *inputs)
     if not axes:
         return outputs
     # Of all results, a column sum alone has no rows.
@@ -174,6 +179,30 @@ def local_row_sums(
     totals = problem.function(lhs, rhs, sizes)
     triples = zip(totals, rule.results, given, strict=True)
     return [_add_up(split, total, dims).astype(x.dtype) for total, dims, x in triples]
+
+
+def _run_once_lowered(run: Any, problem: Any, platform: str, implementation: str | None, *operands: jax.Array) -> Any:
+    """`run(problem, platform, implementation, *operands)`, lowered once in a process for equal arguments.
+
+    The compiler asks for the share of each call by itself, also of those that are equal: a model of 14 layers has
+    hundreds. To lower a kernel takes a tenth of a second or more, to call what is lowered a few milliseconds.
+    """
+    is_product = isinstance(problem, GemmProblem) and dispatch.choose(problem, platform, implementation) == "mosaic"
+    tile = dispatch.choose_config(problem) if is_product and dispatch.has_work(problem) else None
+    types = tuple((x.shape, np.dtype(x.dtype)) for x in operands)
+    return _lowered(run, problem, platform, implementation, types, tile, jax.config.jax_enable_x64)(*operands)
+
+
+@functools.lru_cache(maxsize=1024)
+def _lowered(run: Any, problem: Any, platform: str, implementation: str | None, types: Any, *otherwise: Any) -> Any:
+    """Returns a function that calls the lowered one; `otherwise` is what else its lowering depends on."""
+    del otherwise
+    function = jax.jit(functools.partial(run, problem, platform, implementation))
+    if platform not in ("cpu", "cuda"):
+        return function
+    unchecked = [jax.export.DisabledSafetyCheck.custom_call(name) for name in KERNEL_CALLS]
+    exported = jax.export.export(function, platforms=[platform], disabled_checks=unchecked)
+    return exported(*(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in types)).call
 
 
 def _sum(

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from support import ROW, SQUARE, assert_close, collectives, random
 
 import jaxgemm
+from jaxgemm import partition
 from jaxgemm.gemm import k_masked_gemm
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
@@ -274,3 +275,21 @@ def test_batched_weights_are_split_over_their_batch():
     product = value_and_gradients(lambda x, w: jaxgemm.fp8_dot_general(x, w, numbers), (0, 1))
     placed = jax.device_put((x, w), shardings((2, 4), P(("a", "b"))))
     assert_all_close(jax.jit(product)(*placed), jax.jit(product)(x, w), 1e-10)
+
+
+def test_equal_shares_are_lowered_once():
+    """The compiler asks for each call's share; a model has many that are equal, and a kernel takes long to lower."""
+    x, *weights = random(0, 512, 256), *(random(i, 256, 256) for i in range(1, 4))
+    place = NamedSharding(mesh((8, 1)), P("a"))
+
+    def forward(x, weights):
+        for w in weights:
+            x = jaxgemm.fp8_dot(x, w)
+        return x
+
+    placed = jax.device_put((x, weights), place)
+    partition._lowered.cache_clear()
+    out = jax.jit(forward, in_shardings=(place, [place] * 3), out_shardings=place)(*placed)
+    lowered = partition._lowered.cache_info()
+    assert (lowered.misses, lowered.hits) == (3, 6)  # x or what follows, the weight, the product: once for each layer
+    assert_all_close([out], [jax.jit(forward)(x, weights)], 1e-10)
