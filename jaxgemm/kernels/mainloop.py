@@ -202,7 +202,7 @@ def compute_tile(
     full_barrier: Any,
     empty_barrier: Any,
     slot: jax.Array,
-    multiply_wave: Callable[..., tuple[jax.Array, Any]],
+    multiply_wave: Callable[..., jax.Array],
     rows_counted: jax.Array | None = None,
 ) -> tuple[list[list[jax.Array]], jax.Array]:
     """A compute warpgroup's part of a tile: multiplies each k tile, scales the partial and adds it in float32.
@@ -228,8 +228,7 @@ def compute_tile(
     Returns:
         The float32 sums, one list of column chunks `[64, chunk]` a wave, and the next stage.
     """
-    when = when_scales_are_read(rows[0], columns[0], num_waves)
-    all_release = every_thread_releases(rows[0], columns[0], num_waves)
+    late = loads_scales_late(rows[0], columns[0])
     chunk = chunk_columns(columns[0])
     chunks = range(0, columns[0].tile, chunk)
     first_row = warpgroup * (num_waves * WAVE_ROWS)
@@ -247,27 +246,23 @@ def compute_tile(
         place = ScalePlace(slot, warpgroup, tile.k.first + step, tile.group)
         plgpu.barrier_wait(full_barrier.at[slot])
 
-        def load_scales(wave_rows):
-            load_rows = functools.partial(_load_scales, rows, place, shifts[0], tile.row_start)
-            load_columns = functools.partial(_load_scales, columns, place, shifts[1], tile.column_start)
-            of_rows = [load_rows(row, WAVE_ROWS, axis=0) for row in wave_rows]
-            return of_rows, [load_columns(column, chunk, axis=1) for column in chunks]
+        def load_row_scales(row):
+            return _load_scales(rows, place, shifts[0], tile.row_start, row, WAVE_ROWS, axis=0)
 
-        scales = load_scales(wave_rows) if when == "before" else None
+        def load_column_scales():
+            load_chunk = functools.partial(_load_scales, columns, place, shifts[1], tile.column_start)
+            return [load_chunk(column, chunk, axis=1) for column in chunks]
+
+        if not late:
+            row_scales, column_scales = [load_row_scales(row) for row in wave_rows], load_column_scales()
         new_sums = []
         for wave, row in enumerate(wave_rows):
-            reads_now = when == "during" and wave == 0
-            meanwhile = functools.partial(load_scales, wave_rows) if reads_now else lambda scales=scales: scales
-            values = rows[1].values_smem, columns[1].values_smem
-            recycled, scales = multiply_wave(*values, slot, row, recycled, meanwhile)
-            if when == "after":
-                (row_scale,), column_scales = load_scales([row])
-            else:
-                row_scale, column_scales = scales[0][wave], scales[1]
-            if wave == num_waves - 1 and not all_release:
+            recycled = multiply_wave(rows[1].values_smem, columns[1].values_smem, slot, row, recycled)
+            scales = (load_row_scales(row), load_column_scales()) if late else (row_scales[wave], column_scales)
+            if wave == num_waves - 1 and not late:
                 plgpu.barrier_arrive(empty_barrier.at[slot])
-            new_sums.append(promote(recycled, sums[wave], row_scale, column_scales))
-        if all_release:
+            new_sums.append(promote(recycled, sums[wave], *scales))
+        if late:
             plgpu.barrier_arrive(empty_barrier.at[slot])
         return next_slot(slot, stages), new_sums, recycled
 
@@ -290,28 +285,14 @@ def compute_tile(
     return sums, slot
 
 
-def when_scales_are_read(rows: Operand, columns: Operand, num_waves: int) -> str:
-    """When a k tile's scales are read, beside its products: "before", "during" the first one, or "after" each.
+def loads_scales_late(rows: Operand, columns: Operand) -> bool:
+    """Whether scales are read after each wave's product: if many, they would crowd out the sums.
 
-    Many take a while to read (each warp reads all of the columns' 1x128 scales: 14 loads for 112 of them), and the
-    assembler lets no product begin before what was read so far is there; so they are read during the first of several.
-    Too many would crowd out the sums, and are read for each wave when its product is done.
+    NOTE: the scales that are read before the last product have been read by all warps of the warpgroup once that
+    product is complete, since it needs them all; then one thread can release the stage for them all. Late ones
+    have not, and every thread must arrive.
     """
-    if not columns.scale_per_row:
-        return "before"
-    if columns.tile > MAX_EARLY_COLUMNS:
-        return "after"
-    return "during" if num_waves > 1 and rows.scale_per_row else "before"
-
-
-def every_thread_releases(rows: Operand, columns: Operand, num_waves: int) -> bool:
-    """Whether every thread must arrive to release a stage, not one for all of its warpgroup.
-
-    NOTE: the scales that are read before the last product begins have been read by all warps of the warpgroup once
-    that product is complete, since it needs them all; then one thread can release the stage for them all.
-    """
-    when = when_scales_are_read(rows, columns, num_waves)
-    return when == "after" or (when == "during" and num_waves == 1)
+    return columns.scale_per_row and columns.tile > MAX_EARLY_COLUMNS
 
 
 def chunk_columns(columns: Operand) -> int:

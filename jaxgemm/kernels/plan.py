@@ -9,7 +9,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxgemm.kernels import epilogue, split_k
 from jaxgemm.kernels.group_schedule import KGroupSchedule, RowGroupSchedule, k_table, most_row_tiles, row_table
-from jaxgemm.kernels.mainloop import Operand, every_thread_releases, operand_buffers
+from jaxgemm.kernels.mainloop import Operand, loads_scales_late, operand_buffers
 from jaxgemm.kernels.schedule import LOCAL_AXIS, SHARE_AXIS, DenseSchedule, TileSchedule
 from jaxgemm.kernels.wave import TILE_K, WAVE_ROWS
 from jaxgemm.layout import TMA_ALIGNMENT_BYTES, align_up, cdiv
@@ -52,10 +52,11 @@ class Plan:
     def num_turns(self) -> int:
         """Compute warpgroups that take turns at the tensor core: all if the promotion is long, else none, as 1.
 
-        NOTE: with one wave a warpgroup they are as fast as the tensor core without (128x128: 9 to 13 % faster so).
+        NOTE: which gain by it was measured: tiles of two waves a warpgroup, and 128x160; 128x128 loses 9 to 13 %.
         """
-        is_long = self.lhs.scale_per_row and self.rhs.scale_per_row and self.num_waves > 1
-        return self.config.warpgroups if is_long else 1
+        is_long = self.num_waves > 1 or self.columns.tile > 128
+        scaled_per_row = self.lhs.scale_per_row and self.rhs.scale_per_row
+        return self.config.warpgroups if scaled_per_row and is_long else 1
 
     @property
     def k_tiles(self) -> int:
@@ -169,7 +170,7 @@ def scratch_types(plan: Plan, bias_dtype: Any) -> dict[str, Any]:
 def _empty_barrier(plan: Plan) -> Any:
     """The barriers that free a stage; a cluster barrier takes one arrival a warpgroup, a plain one takes 128."""
     arrivals, stages = plan.config.warpgroups, plan.config.stages
-    if every_thread_releases(plan.rows, plan.columns, plan.num_waves):
+    if loads_scales_late(plan.rows, plan.columns):
         return plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages)
     axis = SHARE_AXIS if plan.config.share > 1 else LOCAL_AXIS
     return plgpu.ClusterBarrier(collective_axes=(axis,), num_arrivals=arrivals, num_barriers=stages)

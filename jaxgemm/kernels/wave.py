@@ -1,6 +1,5 @@
 """One wave of the main loop: the tensor core's product of 64 rows over one k tile, as float32 registers."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -41,9 +40,7 @@ TURN_AFTER = 3
 _FP8_NAMES = {jnp.dtype(jnp.float8_e4m3fn): "e4m3", jnp.dtype(jnp.float8_e5m2): "e5m2"}
 
 
-def multiply_wave(
-    rows_smem, columns_smem, slot, row, recycled: jax.Array, meanwhile: Callable[[], Any], num_warpgroups: int
-) -> tuple[jax.Array, Any]:
+def multiply_wave(rows_smem, columns_smem, slot, row, recycled: jax.Array, num_warpgroups: int) -> jax.Array:
     """Returns `rows @ columns.T` of one k tile, in registers of the warpgroup that calls.
 
     NOTE: Pallas' `wgmma` can only add to an accumulator, so each product would need fresh zeroed registers; two in
@@ -60,11 +57,10 @@ def multiply_wave(
         slot: the stage.
         row: the wave's first row in the rows tile, a multiple of 8.
         recycled: float32 `[64, columns tile]`, a product no longer needed.
-        meanwhile: what the warpgroup does while the tensor core works: loads, say; no loops and no branches.
         num_warpgroups: compute warpgroups that take turns, each of which calls this equally often; 1: they do not.
 
     Returns:
-        float32 `[64, columns tile]`, and what `meanwhile` returned.
+        float32 `[64, columns tile]`.
     """
     shape = (WAVE_ROWS, columns_smem.shape[1])
     rows_tile = rows_smem.shape[1]
@@ -75,7 +71,7 @@ def multiply_wave(
         arg_types=(operand, operand, scalar, scalar, ACCUMULATOR_LAYOUT),
         return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=ACCUMULATOR_LAYOUT),
     )
-    def issue(ctx, rows, columns, slot, row, recycled):
+    def issue_and_wait(ctx, rows, columns, slot, row, recycled):
         del ctx
         slot, row = (scalar.registers.flat[0] for scalar in (slot, row))
         first_row = arith.addi(arith.muli(slot, mgpu.c(rows_tile, slot.type)), row)
@@ -84,23 +80,14 @@ def multiply_wave(
         registers = _fence_registers(_scalars(recycled))
         nvvm.wgmma_fence_aligned()
         turn = _turn(0, num_warpgroups) if num_warpgroups > 1 else None
-        return _from_scalars(_issue(registers, *descriptors, shape[1], names, turn), recycled)
-
-    @plgpu.inline_mgpu(
-        arg_types=(ACCUMULATOR_LAYOUT,),
-        return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=ACCUMULATOR_LAYOUT),
-    )
-    def wait(ctx, product):
-        del ctx
+        registers = _issue(registers, *descriptors, shape[1], names, turn)
         if num_warpgroups > 1:
             nvvm.wgmma_wait_group_sync_aligned(1)
             _named_barrier("arrive", _turn(1, num_warpgroups))
         nvvm.wgmma_wait_group_sync_aligned(0)
-        return _from_scalars(_fence_registers(_scalars(product)), product)
+        return _from_scalars(_fence_registers(registers), recycled)
 
-    product = issue(rows_smem, columns_smem, jnp.int32(slot), jnp.int32(row), recycled)
-    result = meanwhile()
-    return wait(product), result
+    return issue_and_wait(rows_smem, columns_smem, jnp.int32(slot), jnp.int32(row), recycled)
 
 
 def sync_warpgroup() -> None:
@@ -120,9 +107,7 @@ def close_turns(num_warpgroups: int) -> None:
         plgpu.inline_mgpu()(lambda ctx: _named_barrier("sync", _turn(0, num_warpgroups)))()
 
 
-def multiply_wave_portable(
-    rows_smem, columns_smem, slot, row, recycled: jax.Array, meanwhile: Callable[[], Any], num_warpgroups: int
-) -> tuple[jax.Array, Any]:
+def multiply_wave_portable(rows_smem, columns_smem, slot, row, recycled: jax.Array, num_warpgroups: int) -> jax.Array:
     """`multiply_wave` in plain Pallas, for the interpreter, which cannot run inlined Mosaic code."""
     del recycled, num_warpgroups
     shape = (WAVE_ROWS, columns_smem.shape[1])
@@ -131,7 +116,7 @@ def multiply_wave_portable(
         plgpu.wgmma(accumulator, rows_smem.at[slot, pl.ds(row, WAVE_ROWS)], columns_smem.at[slot].T)
         return accumulator[...]
 
-    return pl.run_scoped(product, plgpu.ACC(shape)), meanwhile()
+    return pl.run_scoped(product, plgpu.ACC(shape))
 
 
 def _issue(registers, rows_descriptor, columns_descriptor, tile: int, names: tuple[str, str], turn: ir.Value | None):
