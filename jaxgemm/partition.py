@@ -190,7 +190,7 @@ def _run_once_lowered(run: Any, problem: Any, platform: str, implementation: str
     is_product = isinstance(problem, GemmProblem) and dispatch.choose(problem, platform, implementation) == "mosaic"
     tile = dispatch.choose_config(problem) if is_product and dispatch.has_work(problem) else None
     types = tuple((x.shape, np.dtype(x.dtype)) for x in operands)
-    return _lowered(run, problem, platform, implementation, types, tile, jax.config.jax_enable_x64)(*operands)
+    return _lowered(run, problem, platform, implementation, types, tile, jax.config.read("jax_enable_x64"))(*operands)
 
 
 @functools.lru_cache(maxsize=1024)

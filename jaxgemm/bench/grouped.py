@@ -1,7 +1,8 @@
 """`bench grouped`: products of groups, as mixtures of experts need them, beside XLA's in bfloat16."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -106,26 +107,46 @@ def run_case(case: GroupedCase | moe.MoeCase, setup: Setup) -> list[Row]:
     if isinstance(case, moe.MoeCase):
         return moe.run_case(case, setup)
     prepare = {"masked": _masked, "contiguous": _contiguous, "k-grouped": _k_grouped}[case.kind]
-    calls, moved, m = prepare(case, setup)
+    prepared = prepare(case, setup)
     rows = int(case.sizes.sum())
     flops = 2.0 * rows * case.n * (case.m if case.kind == "k-grouped" else case.k)
-    problem = dict(group=case.kind, groups=case.groups, rows=rows, m=m, n=case.n, k=case.k or rows, cold=False)
-    own, reference = calls[OWN], calls["xla-bf16"]
-    if "xla-bf16" not in setup.peers:
-        calls = {OWN: own}
+    problem = dict(group=case.kind, groups=case.groups, rows=rows, m=prepared.m, n=case.n, k=case.k or rows, cold=False)
+    calls = {OWN: Call.jitted(prepared.own, prepared.scaled)}
+    if "xla-bf16" in setup.peers:
+        calls["xla-bf16"] = Call.jitted(prepared.bf16, prepared.floats)
     missing: dict[str, str] = {}
     if "tokamax" in setup.peers:
-        made, missing = peers.prepare("tokamax", lambda: _tokamax(case, reference))
+        made, missing = peers.prepare("tokamax", lambda: _tokamax(case, prepared))
         calls |= made
-    row = Row(case.name, problem, flops, moved).measured(setup, calls, missing)
-    row.checks["difference"] = _difference(case, own)
+    row = Row(case.name, problem, flops, prepared.moved).measured(setup, calls, missing)
+    row.checks["difference"] = _difference(case, calls[OWN])
     beside = deepgemm_figures()["rates"].get(case.name)
     if beside is not None:
         row.checks["DeepGEMM TFLOP/s (H100)"] = beside
     return [row]
 
 
-def _masked(case: GroupedCase, setup: Setup) -> tuple[dict[str, Call], float, int]:
+class Prepared(NamedTuple):
+    """A case before anything is compiled.
+
+    Attributes:
+        own: the product of `scaled` operands.
+        scaled: those, and sizes.
+        bf16: XLA's product of `floats`.
+        floats: bfloat16 operands, and sizes where they are needed.
+        moved: bytes that must move.
+        m: rows of the result, or of each group's.
+    """
+
+    own: Callable[..., jax.Array]
+    scaled: list[Any]
+    bf16: Callable[..., jax.Array]
+    floats: list[Any]
+    moved: float
+    m: int
+
+
+def _masked(case: GroupedCase, setup: Setup) -> Prepared:
     """`[g, max_m, k] x [g, n, k]`, max_m the largest size a group can have; XLA computes all rows."""
     max_m = -(-int(1.3 * case.rows) // 64) * 64
     lhs, rhs = normal(0, case.groups, max_m, case.k), normal(1, case.groups, case.n, case.k)
@@ -136,17 +157,16 @@ def _masked(case: GroupedCase, setup: Setup) -> tuple[dict[str, Call], float, in
             lhs, rhs, sizes, expected_m=case.rows, fill="unspecified", implementation=setup.implementation
         )
 
+    def every_row(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        return jnp.einsum("gmk,gnk->gmn", lhs, rhs)
+
     scaled = _quantize(lhs, (1, 128)), _quantize(rhs, (128, 128))
-    calls = {
-        OWN: Call.jitted(product, [*scaled, sizes]),
-        "xla-bf16": Call.jitted(lambda lhs, rhs: jnp.einsum("gmk,gnk->gmn", lhs, rhs), [lhs, rhs]),
-    }
     valid = case.sizes.sum() / (case.groups * max_m)
     moved = valid * stored_bytes(scaled[0]) + stored_bytes(scaled[1]) + 2.0 * case.sizes.sum() * case.n
-    return calls, float(moved), max_m
+    return Prepared(product, [*scaled, sizes], every_row, [lhs, rhs], float(moved), max_m)
 
 
-def _contiguous(case: GroupedCase, setup: Setup) -> tuple[dict[str, Call], float, int]:
+def _contiguous(case: GroupedCase, setup: Setup) -> Prepared:
     """`[m, k] x [g, n, k]`, groups of any size one after the other."""
     m = int(case.sizes.sum())
     lhs, rhs = normal(0, m, case.k), normal(1, case.groups, case.n, case.k)
@@ -156,14 +176,11 @@ def _contiguous(case: GroupedCase, setup: Setup) -> tuple[dict[str, Call], float
         return jaxgemm.grouped_gemm(lhs, rhs, sizes, implementation=setup.implementation)
 
     scaled = _quantize(lhs, (1, 128)), _quantize(rhs, (128, 128))
-    calls = {
-        OWN: Call.jitted(product, [*scaled, sizes]),
-        "xla-bf16": Call.jitted(jax.lax.ragged_dot, [lhs, rhs.swapaxes(1, 2), sizes]),
-    }
-    return calls, stored_bytes(scaled) + 2.0 * m * case.n, m
+    floats = [lhs, rhs.swapaxes(1, 2), sizes]
+    return Prepared(product, [*scaled, sizes], jax.lax.ragged_dot, floats, stored_bytes(scaled) + 2.0 * m * case.n, m)
 
 
-def _k_grouped(case: GroupedCase, setup: Setup) -> tuple[dict[str, Call], float, int]:
+def _k_grouped(case: GroupedCase, setup: Setup) -> Prepared:
     """`[m, K] x [n, K] -> [g, m, n]` in float32: the weight gradients of all experts."""
     rows = int(case.sizes.sum())
     lhs, rhs = normal(0, rows, case.m), normal(1, rows, case.n)
@@ -180,15 +197,15 @@ def _k_grouped(case: GroupedCase, setup: Setup) -> tuple[dict[str, Call], float,
 
     quantize = jax.jit(jaxgemm.quantize_grouped, static_argnames="implementation")
     scaled = [quantize(x, sizes, implementation="xla") for x in (lhs, rhs)]
-    calls = {OWN: Call.jitted(product, [*scaled, sizes]), "xla-bf16": Call.jitted(ragged, [lhs, rhs, sizes])}
-    return calls, stored_bytes(scaled) + 4.0 * case.groups * case.m * case.n, case.m
+    moved = stored_bytes(scaled) + 4.0 * case.groups * case.m * case.n
+    return Prepared(product, [*scaled, sizes], ragged, [lhs, rhs, sizes], moved, case.m)
 
 
-def _tokamax(case: GroupedCase, reference: Call) -> Call:
+def _tokamax(case: GroupedCase, prepared: Prepared) -> Call:
     """The same product by tokamax, on the operands of XLA's."""
     if case.kind != "contiguous":
         raise Unavailable("tokamax.ragged_dot multiplies contiguous groups alone")
-    return Call.jitted(peers.tokamax_dot(), *reference.argument_sets)
+    return Call.jitted(peers.tokamax_dot(), prepared.floats)
 
 
 def _quantize(x: jax.Array, block: tuple[int, int]) -> jaxgemm.ScaledArray:
