@@ -1,6 +1,7 @@
 """The examples: language models resume to the same bits after a kill, experts get their tokens, README shows what is
 printed."""
 
+import dataclasses
 import json
 import re
 import signal
@@ -22,7 +23,7 @@ for module in ("flax", "optax", "orbax.checkpoint", "matplotlib", "tqdm"):
 import decode_moe  # noqa: E402
 import moe  # noqa: E402
 import train_lm  # noqa: E402
-from lm import mixture, text  # noqa: E402
+from lm import command, mixture, text  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 TINY = "--d-model 32 --layers 1 --heads 2 --d-ff 48 --seq 16 --batch 2 --checkpoint-every 20".split()
@@ -46,8 +47,8 @@ def wait_for(path, process, seconds):
 def test_language_model_resumes_to_the_same_bits_after_a_kill(tmp_path):
     flags = [*TINY, "--steps", "200", "--only", "fp8"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    command = [sys.executable, "examples/train_lm.py", *flags, "--out", str(killed)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    arguments = [sys.executable, "examples/train_lm.py", *flags, "--out", str(killed)]
+    with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
             wait_for(killed / "checkpoints_fp8" / "20", process, seconds=300)
         finally:
@@ -60,6 +61,23 @@ def test_language_model_resumes_to_the_same_bits_after_a_kill(tmp_path):
     assert len(resumed["train_losses"]) == 200
     for key in ("train_losses", "validation_losses", "parameters_sha256"):
         assert resumed[key] == uninterrupted[key]
+
+
+def test_a_run_that_is_lost_stops_and_leaves_what_came_before_it(tmp_path, monkeypatch):
+    """At this rate the weights overflow at once; what the first run measured is there already."""
+    flags = [*TINY, "--steps", "30", "--out", str(tmp_path)]
+    train, seen = command.train, []
+
+    def train_the_second_too_fast(name, settings, *rest, **keywords):
+        seen.append(name)
+        rate = settings.lr if len(seen) == 1 else 1e30
+        return train(name, dataclasses.replace(settings, lr=rate), *rest, **keywords)
+
+    monkeypatch.setattr(command, "train", train_the_second_too_fast)
+    with pytest.raises(FloatingPointError, match=r"fp8: the loss of step \d+ is (nan|inf), where it must be finite"):
+        train_lm.main(flags)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert set(metrics["runs"]) == {"f32"} and len(metrics["runs"]["f32"]["train_losses"]) == 30
 
 
 def test_language_model_compares_two_runs(tmp_path, capsys):

@@ -91,16 +91,17 @@ def compare(
         _open_directory(arguments.out, settings, arguments.resume)
     texts = load_standard_library()
 
-    runs = []
+    runs, metrics = [], {}
     for name in (SHORT_NAMES[settings.dtype], "fp8"):
         if arguments.only in (None, name):
             directory = arguments.out / f"checkpoints_{name}"
             model = make_model(settings, name == "fp8")
             runs.append(train(name, settings, model, texts, directory, mesh, resume=arguments.resume))
+            metrics = report.collect(settings, texts, runs)
+            if jax.process_index() == 0:  # after each run, so that a kill in the second one loses nothing of the first
+                report.write_metrics(metrics, arguments.out / "metrics.json")
 
-    metrics = report.collect(settings, texts, runs)
     if jax.process_index() == 0:
-        report.write_metrics(metrics, arguments.out / "metrics.json")
         report.plot(metrics, arguments.out / "loss.png")
         report.print_table(metrics)
         print(f"\nWrote {arguments.out / 'loss.png'} and {arguments.out / 'metrics.json'}")

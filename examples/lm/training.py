@@ -218,6 +218,7 @@ def _run_steps(
 
         # Wait for the losses of the steps since the last wait: until then the device never idled.
         history.train += [float(value) for value in jax.device_get(pending)]
+        _refuse_what_is_not_finite(name, history.train)
         history.step_seconds.append((time.perf_counter() - started) / len(pending))
         progress.update(len(pending))
         progress.set_postfix(loss=f"{history.train[-1]:.3f}", refresh=False)
@@ -231,6 +232,13 @@ def _run_steps(
         started = time.perf_counter()
     progress.close()
     return state
+
+
+def _refuse_what_is_not_finite(name: str, losses: list[float]) -> None:
+    """Stops a run that is lost before its last good checkpoint is replaced."""
+    if not np.isfinite(losses[-SYNC_EVERY:]).all():
+        step = next(step for step, loss in enumerate(losses, 1) if not np.isfinite(loss))
+        raise FloatingPointError(f"{name}: the loss of step {step} is {losses[step - 1]}, where it must be finite")
 
 
 def _remove(directory: Path) -> None:
