@@ -6,11 +6,13 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from support import SQUARE, operands, random
 
 import jaxgemm
-from jaxgemm import dispatch
+from jaxgemm import dispatch, partition
+from jaxgemm.problem import GemmProblem, stored_operands
 from jaxgemm.quantize import quantize_function
 
 if jax.__version_info__ < (0, 11):
@@ -191,3 +193,26 @@ def test_the_gradient_of_an_activation_costs_no_pass_of_its_own():
         text = lowered(lambda x, w, b, dout, dot=dot: jax.vjp(dot, x, w, b)[1](dout), x, w, bias, x[:, :256])
         assert products(text) == 3
         assert kernels(text, "fp8_quantize") == ["fprop", "fprop", f"{activation}_backward_dout"]
+
+
+@pytest.mark.parametrize("kind", ["dense", "grouped", "masked", "k_grouped", "k_masked"])
+def test_a_devices_share_of_a_product_is_lowered_once(kind):
+    """On several devices, a program calls what was lowered for an equal share before."""
+    over_k = kind.startswith("k_")
+    e4m3, blocks = np.dtype(jnp.float8_e4m3fn), ((1, 128), (1, 128) if over_k else SQUARE)
+    more = dict(num_groups=1 if kind == "dense" else 3, segment_alignment=128 if kind == "k_grouped" else 1)
+    accumulate = kind == "k_grouped"
+    out_dtype = np.dtype(np.float32) if over_k else np.dtype(jnp.bfloat16)
+    problem = GemmProblem(kind, 256, 264, 640, e4m3, e4m3, *blocks, out_dtype, accumulate=accumulate, **more)
+    rest = [jax.ShapeDtypeStruct(problem.out_shape, out_dtype)] if accumulate else []
+    sizes = [] if kind == "dense" else [jax.ShapeDtypeStruct((3,), jnp.int32)]
+    operands = [*stored_operands(problem), *rest, *sizes]
+
+    def three_layers(*operands):
+        run = functools.partial(partition._run_once_lowered, dispatch.run_gemm, problem, "cuda", None)
+        return [run(*operands) for _ in range(3)]
+
+    partition._lowered.cache_clear()
+    text = lowered(three_layers, *operands)
+    assert (partition._lowered.cache_info().misses, partition._lowered.cache_info().hits) == (1, 2)
+    assert products(text) >= 1 and "dot_general" not in text
