@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from jaxgemm import autotune_trial, dispatch, tiles, tuning, tuning_cache
+from jaxgemm.autotune_neighbours import neighbours
 from jaxgemm.bench.measure import Call, CuptiTimer, Timer, fitting_iterations, measure_together, one_line
 from jaxgemm.bench.progress import progress
 from jaxgemm.find import FoundProblem, describe, find_problems
@@ -246,7 +247,7 @@ def tune_problem(problem: GemmProblem, tuner: Tuner, advance: Callable[..., None
     fastest = None
     while search.fastest() not in ([], fastest):
         fastest = search.fastest()
-        search.run(n for trial in fastest[:2] for n in tuning.neighbours(problem, trial.config))
+        search.run(n for trial in fastest[:2] for n in neighbours(problem, trial.config))
     winner = search.final(before.config)
     in_use = search.trials[before.config].rejected
     if in_use is not None:

@@ -191,7 +191,7 @@ def _all_scales_per_row(problem: GemmProblem) -> bool:
     return all(shape[0] == 1 for shape in _block_shapes(problem))
 
 
-def _with_most_stages(problem: GemmProblem, config: GemmConfig, limit: int) -> GemmConfig | None:
+def with_most_stages(problem: GemmProblem, config: GemmConfig, limit: int) -> GemmConfig | None:
     """The configuration with as many stages as fit, up to a limit; None if fewer than two fit."""
     for stages in range(limit, 1, -1):
         candidate = dataclasses.replace(config, stages=stages)
@@ -214,7 +214,7 @@ def candidates(problem: GemmProblem) -> Iterator[GemmConfig]:
         for tile_n in widths_of_high if tile_m > 128 else widths:
             shapes.append(GemmConfig(tile_m, tile_n, 2, warpgroups))
     for shape in shapes:
-        config = _with_most_stages(problem, shape, 24 if shape.swap_operands else 8)
+        config = with_most_stages(problem, shape, 24 if shape.swap_operands else 8)
         if config is not None:
             yield config
 
@@ -339,31 +339,3 @@ def _stores_masked(problem: GemmProblem, config: GemmConfig) -> bool:
     It has run on a GPU for two-byte outputs that one block sums; others keep to the padded copy until it has for them.
     """
     return problem.out_dtype.itemsize == 2 and config.split_k == 1 and problem.n * 2 % 16 != 0
-
-
-def neighbours(problem: GemmProblem, config: GemmConfig) -> Iterator[GemmConfig]:
-    """Every valid configuration that differs from a given one in a single choice; where less fits, in its stages too.
-
-    What a search tries around the best of `candidates`.
-    """
-    rows_of_tiles, columns_of_tiles = cdiv(problem.m, config.tile_m), cdiv(problem.n, config.tile_n)
-    changes: list[dict[str, int | bool]] = [{"stages": config.stages + step} for step in (-1, -2, 1, 2)]
-    if min(rows_of_tiles, columns_of_tiles) > 1:  # the order of the tiles matters
-        changes += [{"band": band} for band in (2, 4, 8, 16, 32)]
-        changes += [{"band_along_n": not config.band_along_n}]
-    changes += [{"split_k": split_k} for split_k in (1, 2, 4)]
-    changes += [{"share": share} for share in (1, 2)]
-    if problem.n * problem.out_dtype.itemsize % 16:
-        changes += [{"masked_store": not config.masked_store}]
-    changes += [{"tile_n": config.tile_n + step} for step in (-64, -32, -16, 16, 32, 64)]
-    narrow = (-16, -8, 8, 16) if problem.kind != "dense" else ()  # one dense tile has all of a few rows, and no more
-    changes += [{"tile_m": config.tile_m + step} for step in (narrow if config.swap_operands else (-64, 64))]
-    seen = {config}
-    for change in changes:
-        changed = dataclasses.replace(config, **change)  # type: ignore[arg-type]
-        if min(changed.tile_m, changed.tile_n) < 1:
-            continue
-        neighbour = changed if "stages" in change else _with_most_stages(problem, changed, config.stages)
-        if neighbour is not None and neighbour not in seen and why_invalid(problem, neighbour) is None:
-            seen.add(neighbour)
-            yield neighbour

@@ -13,7 +13,7 @@ PACKAGE = pathlib.Path(jaxgemm.__file__).parent
 LEVELS = [
     {"jaxgemm.flax", "jaxgemm.bench"},
     {"jaxgemm.autotune"},
-    {"jaxgemm.autotune_trial"},
+    {"jaxgemm.autotune_trial", "jaxgemm.autotune_neighbours"},
     {"jaxgemm.mlp"},
     {"jaxgemm.dot", "jaxgemm.mlp_vjp"},
     {"jaxgemm.dot_vjp"},

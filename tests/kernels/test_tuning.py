@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxgemm.autotune_neighbours import neighbours
 from jaxgemm.problem import GemmProblem
 from jaxgemm.tiles import shipped_choice
 from jaxgemm.tuned_rows import shipped_tables, tuned_key
@@ -16,7 +17,6 @@ from jaxgemm.tuning import (
     GemmConfig,
     candidates,
     choose_config,
-    neighbours,
     predicted_microseconds,
     shared_memory_bytes,
     staged_chunks,
