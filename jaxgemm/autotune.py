@@ -284,11 +284,14 @@ class _Search:
         """
         fresh = [config for config in dict.fromkeys(configs) if config not in self.trials]
         fresh = fresh[: self.tuner.most_configs - len(self.trials)]
-        with concurrent.futures.ThreadPoolExecutor(COMPILERS) as pool:
-            compiled = [pool.submit(self.tuner.compile, self.problem, config, self.sets) for config in fresh]
+        pool = concurrent.futures.ThreadPoolExecutor(COMPILERS)
+        compiled = [pool.submit(self.tuner.compile, self.problem, config, self.sets) for config in fresh]
+        try:
             for config, call in zip(fresh, compiled, strict=True):
                 self.trials[config] = self._try(config, call.result)
                 self.advance()
+        finally:  # an interrupted search does not compile the rest
+            pool.shutdown(cancel_futures=True)
 
     def fastest(self) -> list[Trial]:
         """Returns the best trials, the fastest first."""

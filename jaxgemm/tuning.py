@@ -294,7 +294,7 @@ def predicted_microseconds(problem: GemmProblem, config: GemmConfig, num_sms: in
     macs = config.tile_rows * max(config.tile_columns, 16)  # a k tile's, in units of its depth
     chunks = config.tile_columns // math.gcd(config.tile_columns, SCALE_BLOCK)
     promote = 1.3 if _all_scales_per_row(problem) else 1 + 0.02 * (chunks - 1)
-    promote *= 1.5 if config.swap_operands and config.tile_columns > 64 else 1.0
+    promote *= 1.5 if config.swap_operands and config.tile_columns > 64 else 1.0  # measured at 128 rows, 7168x16384
     multiply = k_tiles * macs * MAC_MICROSECONDS * narrow * shallow * promote
     ingest = k_tiles * (config.tile_m + config.tile_n) * SCALE_BLOCK / SM_BYTES_PER_MICROSECOND
     busy = waves * max(multiply, ingest, k_tiles * _latency(problem, config))

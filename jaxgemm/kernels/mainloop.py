@@ -266,12 +266,6 @@ def compute_tile(
             plgpu.barrier_arrive(empty_barrier.at[slot])
         return next_slot(slot, stages), new_sums, recycled
 
-    def pass_over(step, slot):
-        del step
-        plgpu.barrier_wait(full_barrier.at[slot])
-        plgpu.barrier_arrive(empty_barrier.at[slot])
-        return next_slot(slot, stages)
-
     def zero(width):
         return plgpu.layout_cast(jnp.zeros((WAVE_ROWS, width), jnp.float32), ACCUMULATOR_LAYOUT)
 
@@ -281,8 +275,20 @@ def compute_tile(
         k_tiles = lax.select(first_row < rows_counted, k_tiles, jnp.int32(0))
     slot, sums, _ = lax.fori_loop(0, k_tiles, accumulate_k_tile, (slot, sums, zero(columns[0].tile)))
     if rows_counted is not None:
-        slot = lax.fori_loop(k_tiles, tile.k.num_tiles, pass_over, slot)
+        slot = pass_over(tile.k.num_tiles - k_tiles, stages, full_barrier, empty_barrier, slot)
     return sums, slot
+
+
+def pass_over(k_tiles: jax.Array, stages: int, full_barrier: Any, empty_barrier: Any, slot: jax.Array) -> jax.Array:
+    """Releases the stages of so many k tiles without reading them, as they come, and returns the next stage."""
+
+    def release(step, slot):
+        del step
+        plgpu.barrier_wait(full_barrier.at[slot])
+        plgpu.barrier_arrive(empty_barrier.at[slot])
+        return next_slot(slot, stages)
+
+    return lax.fori_loop(0, k_tiles, release, slot)
 
 
 def loads_scales_late(rows: Operand, columns: Operand) -> bool:
