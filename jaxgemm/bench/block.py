@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 import jaxgemm
-from jaxgemm.bench import accuracy
 from jaxgemm.bench.measure import Call, temporary_mib
 from jaxgemm.bench.rows import OWN, Row, Setup, normal, stored_bytes
 
@@ -89,13 +88,8 @@ def run_case(case: BlockCase, setup: Setup) -> list[Row]:
     row = Row(case.name, dict(group="block", cold=False, **dataclasses.asdict(case)), case.flops, 0.0)
     row.bytes = float(stored_bytes(arguments, result))
     row.measured(setup, calls)
-    row.checks["temp MiB"] = temporary_mib(own)
+    row.compared_with_bf16(calls, result)
     row.checks["layer by layer temp MiB"] = temporary_mib(by_layer)
-    if "xla-bf16" in calls:
-        expected = calls["xla-bf16"].first()
-        pairs = zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True)
-        row.checks["largest difference from bf16"] = max(accuracy.difference(a, b) for a, b in pairs)
-        row.checks["xla-bf16 temp MiB"] = temporary_mib(calls["xla-bf16"])
     return [row]
 
 

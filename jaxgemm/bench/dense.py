@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 import jaxgemm
-from jaxgemm.bench import accuracy, block
-from jaxgemm.bench.measure import Call, temporary_mib
+from jaxgemm.bench import block
+from jaxgemm.bench.measure import Call
 from jaxgemm.bench.rows import OWN, Row, Setup, normal, stored_bytes
 
 PEERS = ("xla-bf16",)
@@ -93,12 +93,7 @@ def _measured_row(
     result = calls[OWN].first()
     row = Row(f"{what}: {case.name}", problem, flops, float(stored_bytes(arguments, result)))
     row.measured(setup, calls)
-    row.checks["temp MiB"] = temporary_mib(calls[OWN])
-    if "xla-bf16" in calls:
-        expected = calls["xla-bf16"].first()
-        pairs = zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True)
-        row.checks["largest difference from bf16"] = max(accuracy.difference(x, y) for x, y in pairs)
-        row.checks["xla-bf16 temp MiB"] = temporary_mib(calls["xla-bf16"])
+    row.compared_with_bf16(calls, result)
     return row
 
 

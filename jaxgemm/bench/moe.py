@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 import jaxgemm
-from jaxgemm.bench import accuracy, peers
-from jaxgemm.bench.measure import Call, temporary_mib
+from jaxgemm.bench import peers
+from jaxgemm.bench.measure import Call
 from jaxgemm.bench.rows import OWN, Row, Setup, normal, stored_bytes
 
 GroupedDot = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -71,12 +71,7 @@ def run_case(case: MoeCase, setup: Setup) -> list[Row]:
     row = Row(case.name, dict(group="layer", cold=False, **dataclasses.asdict(case)), case.flops, 0.0)
     row.bytes = float(stored_bytes(arguments, result))
     row.measured(setup, calls, missing)
-    row.checks["temp MiB"] = temporary_mib(own)
-    if "xla-bf16" in calls:
-        expected = calls["xla-bf16"].first()
-        pairs = zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True)
-        row.checks["largest difference from bf16"] = max(accuracy.difference(a, b) for a, b in pairs)
-        row.checks["xla-bf16 temp MiB"] = temporary_mib(calls["xla-bf16"])
+    row.compared_with_bf16(calls, result)
     return [row]
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxgemm.bench.measure import Call, Timer, Timing, measure_together, one_line
+from jaxgemm.bench import accuracy
+from jaxgemm.bench.measure import Call, Timer, Timing, measure_together, one_line, temporary_mib
 
 OWN = "jaxgemm"
 """Column of this library; columns whose names start so are this library's too."""
@@ -77,6 +78,19 @@ class Row:
         self.times, failures = measure_together(setup.timer, calls, setup.iterations, setup.rounds)
         self.missing = {**(missing or {}), **failures}
         return self
+
+    def compared_with_bf16(self, calls: Mapping[str, Call], result: Any) -> None:
+        """Notes the memory that our call takes for itself; if XLA's is a column, its too, and how far the results are.
+
+        Args:
+            calls: what was measured, ours among them.
+            result: of ours.
+        """
+        self.checks["temp MiB"] = temporary_mib(calls[OWN])
+        if "xla-bf16" in calls:
+            pairs = zip(jax.tree.leaves(result), jax.tree.leaves(calls["xla-bf16"].first()), strict=True)
+            self.checks["largest difference from bf16"] = max(accuracy.difference(x, y) for x, y in pairs)
+            self.checks["xla-bf16 temp MiB"] = temporary_mib(calls["xla-bf16"])
 
     def to_json(self) -> dict[str, Any]:
         """Returns the row as a JSON object."""
