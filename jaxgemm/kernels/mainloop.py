@@ -234,13 +234,6 @@ def compute_tile(
     first_row = warpgroup * (num_waves * WAVE_ROWS)
     wave_rows = [first_row + wave * WAVE_ROWS for wave in range(num_waves)]
 
-    def promote(partial, sums, row_scale, column_scales):
-        parts = [partial[:, column : column + chunk] for column in chunks] if len(chunks) > 1 else [partial]
-        return [
-            accumulated + _scale(part, row_scale, column_scale)
-            for part, accumulated, column_scale in zip(parts, sums, column_scales, strict=True)
-        ]
-
     def accumulate_k_tile(step, carry):
         slot, sums, recycled = carry
         place = ScalePlace(slot, warpgroup, tile.k.first + step, tile.group)
@@ -261,7 +254,7 @@ def compute_tile(
             scales = (load_row_scales(row), load_column_scales()) if late else (row_scales[wave], column_scales)
             if wave == num_waves - 1 and not late:
                 plgpu.barrier_arrive(empty_barrier.at[slot])
-            new_sums.append(promote(recycled, sums[wave], *scales))
+            new_sums.append(_promote(recycled, sums[wave], *scales))
         if late:
             plgpu.barrier_arrive(empty_barrier.at[slot])
         return next_slot(slot, stages), new_sums, recycled
@@ -330,6 +323,18 @@ def _load_scales(side: tuple[Operand, OperandRefs], place: ScalePlace, shifts, t
     for i in range(1, len(shifts)):
         shift = lax.select(block - first_block == i, shifts[i], shift)
     return refs.scales_smem[place.warpgroup, block - first_block, shift + place.k_index]
+
+
+def _promote(
+    partial: jax.Array, sums: list[jax.Array], row_scale: jax.Array, column_scales: list[jax.Array]
+) -> list[jax.Array]:
+    """Adds a wave's scaled product to its sums, chunk of columns by chunk."""
+    chunk = sums[0].shape[1]
+    parts = [partial[:, i * chunk : (i + 1) * chunk] for i in range(len(sums))] if len(sums) > 1 else [partial]
+    return [
+        accumulated + _scale(part, row_scale, column_scale)
+        for part, accumulated, column_scale in zip(parts, sums, column_scales, strict=True)
+    ]
 
 
 def _scale(partial: jax.Array, row_scale: jax.Array, column_scale: jax.Array) -> jax.Array:
