@@ -52,7 +52,7 @@ class Plan:
     def num_turns(self) -> int:
         """Compute warpgroups that take turns at the tensor core: all if the promotion is long, else none, as 1.
 
-        NOTE: which gain by it was measured: tiles of two waves a warpgroup, and 128x160; 128x128 loses 9 to 13 %.
+        NOTE: which gain by it was measured: tiles of two waves a warpgroup, and 128x160; 128x128 loses 8 to 13 %.
         """
         is_long = self.num_waves > 1 or self.columns.tile > 128
         scaled_per_row = self.lhs.scale_per_row and self.rhs.scale_per_row
