@@ -27,6 +27,7 @@ from kernel_support import (
 
 from jaxgemm.kernels import split_k
 from jaxgemm.kernels.hopper_gemm import hopper_gemm
+from jaxgemm.kernels.plan import make_plan
 from jaxgemm.problem import GemmProblem
 from jaxgemm.tuning import SHARED_MEMORY_BYTES, GemmConfig, choose_config, shared_memory_bytes, why_invalid
 
@@ -72,9 +73,16 @@ CASES = {
     "square blocks": (problem(130, 130, 300, lhs=SQUARE, out=F32), SMALL),
     "late scales": (problem(70, 200, 300, rhs=ROW, out=F32), GemmConfig(128, 192, 2)),
     "kept block scales": (problem(8, 300, 5504, out=F32), GemmConfig(64, 192, 2, 1)),
+    "kept block scales, one a tile": (problem(8, 300, 5504, out=F32), GemmConfig(64, 128, 2, 1)),
     "more stages than k tiles": (problem(70, 70, 200), GemmConfig(64, 64, 6, 1)),
     "tiles in turn": (problem(140, 260, 200, bias=True), GemmConfig(64, 64, 2, 1, band=2, band_along_n=True)),
 }
+
+
+def test_cases_keep_block_scales_as_their_names_say():
+    kept = [make_plan(*case, 2).rhs for name, case in CASES.items() if name.startswith("kept")]
+    assert all(operand.keeps_block_scales for operand in kept)
+    assert {operand.blocks_per_tile for operand in kept} == {1, 2}
 
 
 @interpreted

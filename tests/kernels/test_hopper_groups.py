@@ -79,7 +79,8 @@ CONTIGUOUS = {
     "swapped": (problem("grouped", 40, 140, 300, 3, has_bias=True, activation="silu"), SWAPPED, [19, 0, 21]),
     "swapped float32": (problem("grouped", 37, 70, 130, 3, out=F32), SWAPPED, [1, 16, 18]),
     "both by rows": (problem("grouped", 70, 70, 130, 2, rhs=ROW, lhs_dtype=E5M2, out=F32), SMALL, [33, 37]),
-    "kept block scales": (problem("grouped", 20, 300, 1400, 2, out=F32), GemmConfig(64, 192, 2, 1), [3, 17]),
+    "kept block scales": (problem("grouped", 20, 900, 1400, 2, out=F32), GemmConfig(64, 192, 2, 1), [3, 17]),
+    "kept block scales, one a tile": (problem("grouped", 20, 900, 1400, 2, out=F32), GemmConfig(64, 128, 2, 1), [3, 17]),
 }
 
 
@@ -104,6 +105,14 @@ def check_contiguous(described, config, sizes, seed=0):
     assert out.dtype == described.out_dtype
     np.testing.assert_array_equal(out[max(0, sum(max(s, 0) for s in sizes)) :], 0)
     assert_close(out, expected, BOUNDS[described.out_dtype])
+
+
+def test_cases_keep_block_scales_as_their_names_say():
+    """Only operands with many of them do; fewer are read one by one, from the device's memory."""
+    cases = [case for cases in (CONTIGUOUS, MASKED) for name, case in cases.items() if name.startswith("kept")]
+    kept = [make_plan(described, config, 2).rhs for described, config, _ in cases]
+    assert all(operand.keeps_block_scales for operand in kept)
+    assert {operand.blocks_per_tile for operand in kept} == {1, 2}
 
 
 @interpreted
@@ -147,7 +156,7 @@ MASKED = {
     "swapped, unspecified": (problem("masked", 12, 70, 130, 3, fill="unspecified", out=F32), SWAPPED, [12, 3, 0]),
     "two waves": (problem("masked", 300, 136, 200, 2), WIDE, [131, 257]),
     "both by rows": (problem("masked", 70, 100, 130, 2, rhs=ROW, out=F32, fill="unspecified"), SMALL, [70, 70]),
-    "kept block scales": (problem("masked", 9, 300, 1400, 2, out=F32), GemmConfig(64, 192, 2, 1), [3, 9]),
+    "kept block scales": (problem("masked", 9, 900, 1400, 2, out=F32), GemmConfig(64, 192, 2, 1), [3, 9]),
 }
 
 
