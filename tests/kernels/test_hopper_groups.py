@@ -80,7 +80,11 @@ CONTIGUOUS = {
     "swapped float32": (problem("grouped", 37, 70, 130, 3, out=F32), SWAPPED, [1, 16, 18]),
     "both by rows": (problem("grouped", 70, 70, 130, 2, rhs=ROW, lhs_dtype=E5M2, out=F32), SMALL, [33, 37]),
     "kept block scales": (problem("grouped", 20, 900, 1400, 2, out=F32), GemmConfig(64, 192, 2, 1), [3, 17]),
-    "kept block scales, one a tile": (problem("grouped", 20, 900, 1400, 2, out=F32), GemmConfig(64, 128, 2, 1), [3, 17]),
+    "kept block scales, one a tile": (
+        problem("grouped", 20, 900, 1400, 2, out=F32),
+        GemmConfig(64, 128, 2, 1),
+        [3, 17],
+    ),
 }
 
 
