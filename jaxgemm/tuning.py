@@ -8,7 +8,7 @@ import functools
 import math
 import statistics
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from jaxgemm.layout import SCALE_BLOCK, align_up, cdiv
 from jaxgemm.problem import GemmProblem
@@ -32,6 +32,12 @@ ACCUMULATOR_REGISTERS = {1: 200, 2: 200, 3: 128}
 
 MAX_EARLY_COLUMNS = 160
 """Most 1x128 scales of a tile's columns that are read before the product; more would not fit beside the sums."""
+
+MAX_FACTOR_COLUMNS = 128
+"""Most columns of a wave whose products of scales fit in registers, beside its sums and its product."""
+
+ScalesAreRead = Literal["before", "during", "after"]
+"""When a k tile's scales are read, beside the product of a wave."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +197,43 @@ def _all_scales_per_row(problem: GemmProblem) -> bool:
     return all(shape[0] == 1 for shape in _block_shapes(problem))
 
 
+def when_scales_are_read(problem: GemmProblem, config: GemmConfig) -> ScalesAreRead:
+    """When the scales of a k tile are read: before its products, during each, or after it.
+
+    With 1x128 blocks on both sides each warp reads a scale for every column, and multiplies each element twice. Two
+    waves of rows share what they read, so it is read before both. One wave has registers for the products of scales,
+    and makes them while the tensor core works; with turns that is 6 to 27 % faster (H200, 128x128 tiles). Too many
+    scales would crowd out the sums, and are read for each wave when its product is done.
+    """
+    one_wave = config.warpgroups > 1 and config.num_waves == 1 and config.tile_columns <= MAX_FACTOR_COLUMNS
+    if _all_scales_per_row(problem) and _every_warpgroup_multiplies(problem, config) and one_wave:
+        return "during"
+    scaled_per_row = _block_shapes(problem)[not config.swap_operands][0] == 1
+    return "after" if scaled_per_row and config.tile_columns > MAX_EARLY_COLUMNS else "before"
+
+
+def takes_turns(problem: GemmProblem, config: GemmConfig) -> bool:
+    """Whether compute warpgroups take turns at the tensor core, as is faster where the promotion is long.
+
+    Measured on an H200 with 1x128 blocks on both sides: 128x128 (scales read during the product) 13 to 19 % faster
+    with turns, 128x160 0 to 20 %, 256x96 5 to 14 %, 256x112 0 to 11 % in bfloat16 and 3 to 6 % slower in float32.
+    With 128x128 blocks on one side the promotion is short, and turns cost 2 %.
+    """
+    if not _all_scales_per_row(problem) or not _every_warpgroup_multiplies(problem, config) or config.warpgroups == 1:
+        return False
+    if config.num_waves > 1:
+        return config.tile_columns <= 96 or problem.out_dtype.itemsize < 4
+    return config.tile_columns > MAX_FACTOR_COLUMNS or when_scales_are_read(problem, config) == "during"
+
+
+def _every_warpgroup_multiplies(problem: GemmProblem, config: GemmConfig) -> bool:
+    """Whether all take part in every k tile: not those whose rows lie past the end of a group, which wait for no turn.
+
+    Swapped operands, of few rows, are left out too: nothing was measured of them.
+    """
+    return problem.kind not in ("grouped", "masked") and not config.swap_operands
+
+
 def with_most_stages(problem: GemmProblem, config: GemmConfig, limit: int) -> GemmConfig | None:
     """The configuration with as many stages as fit, up to a limit; None if fewer than two fit."""
     for stages in range(limit, 1, -1):
@@ -288,20 +331,39 @@ def predicted_microseconds(problem: GemmProblem, config: GemmConfig, num_sms: in
     clusters = max(1, num_sms // (config.split_k * config.share))
     waves = cdiv(cdiv(tiles, config.share), clusters)
     k_tiles = cdiv(cdiv(extent.k, SCALE_BLOCK), config.split_k)
-    narrow = 1 + max(0, 128 - config.tile_columns) / 256
+    per_row = _all_scales_per_row(problem)
+    narrow = 1 + max(0, (96 if per_row else 128) - config.tile_columns) / 256
     few_waves = config.num_waves * config.warpgroups <= 2 and config.tile_columns <= 128
-    shallow = 1.1 if few_waves and problem.kind != "k_grouped" else 1.0
+    shallow = (1.05 if per_row else 1.1) if few_waves and problem.kind != "k_grouped" else 1.0
     macs = config.tile_rows * max(config.tile_columns, 16)  # a k tile's, in units of its depth
     chunks = config.tile_columns // math.gcd(config.tile_columns, SCALE_BLOCK)
-    promote = 1.3 if _all_scales_per_row(problem) else 1 + 0.02 * (chunks - 1)
+    promote = _promotion_of_rows(problem, config) if per_row else 1 + 0.02 * (chunks - 1)
     promote *= 1.5 if config.swap_operands and config.tile_columns > 64 else 1.0  # measured at 128 rows, 7168x16384
     multiply = k_tiles * macs * MAC_MICROSECONDS * narrow * shallow * promote
     ingest = k_tiles * (config.tile_m + config.tile_n) * SCALE_BLOCK / SM_BYTES_PER_MICROSECOND
     busy = waves * max(multiply, ingest, k_tiles * _latency(problem, config))
     memory = extent.products * (extent.m + problem.n) * extent.k / MEMORY_BYTES_PER_MICROSECOND
-    tile = TILE_MICROSECONDS if problem.kind == "dense" else GROUP_TILE_MICROSECONDS[min(config.num_waves, 2)]
+    tile = _microseconds_beside_main_loop(problem, config)
     split = SPLIT_MICROSECONDS[0] + SPLIT_MICROSECONDS[1] * config.tile_columns if config.split_k > 1 else 0.0
     return max(busy, memory) + waves * tile + split
+
+
+def _promotion_of_rows(problem: GemmProblem, config: GemmConfig) -> float:
+    """Time of a k tile beside one whose promotion is short, if both operands have 1x128 scales.
+
+    Measured on an H200: 256x96 and 256x112 in bfloat16 1.27 to 1.30, 256x112 in float32 1.33, 128x160 1.30, 128x128
+    1.37 (with `shallow`), 192x96 1.49.
+    """
+    if config.num_waves > 1:
+        return 1.28 if takes_turns(problem, config) else 1.33
+    return 1.3 if config.warpgroups < 3 else 1.5
+
+
+def _microseconds_beside_main_loop(problem: GemmProblem, config: GemmConfig) -> float:
+    """Time of a tile outside its main loop; 1.9 us for 256x112 in float32, which is staged in pieces."""
+    if problem.kind != "dense":
+        return GROUP_TILE_MICROSECONDS[min(config.num_waves, 2)]
+    return TILE_MICROSECONDS * (1.9 if config.num_waves > 1 and problem.out_dtype.itemsize == 4 else 1.0)
 
 
 def _latency(problem: GemmProblem, config: GemmConfig) -> float:

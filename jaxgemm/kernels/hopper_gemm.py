@@ -133,8 +133,9 @@ def compute_role(
         barriers = smem["full_barrier"], smem["empty_barrier"]
         rows_counted = None if config.swap_operands or config.warpgroups == 1 else tile.rows_left
         sums, slot = compute_tile(
-            *sides, tile, shifts, warpgroup, plan.num_waves, config.stages, *barriers, slot, multiply, rows_counted
-        )
+            *sides, tile, shifts, warpgroup, plan.num_waves, config.stages, *barriers, slot, multiply,
+            plan.scales_are_read, rows_counted,
+        )  # fmt: skip
         if problem.has_bias:
             plgpu.barrier_wait(smem["bias_full"])
         if config.split_k == 1:

@@ -41,14 +41,21 @@ class QuantizeConfig:
 
 
 def default_config(problem: QuantizeProblem, in_dtype: np.dtype) -> QuantizeConfig:
-    """Returns the layout with the most stages, up to four, and then output buffers that fit."""
+    """Returns the layout with the most stages, up to four, and then output buffers that fit.
+
+    Square blocks in both orientations take three: 5 % faster at 4096x14336 on an H200.
+    """
     num_inputs = FUNCTIONS[problem.function].num_inputs if problem.function else 1
     slabs = (problem.natural + problem.transposed) * (BLOCK // SLAB_ROWS)
     is_square = problem.block_shape == SQUARE_BLOCK
     stage_bytes = num_inputs * BLOCK * BLOCK * np.dtype(in_dtype).itemsize + 4 * BLOCK * is_square
     slab_bytes = SLAB_ROWS * (BLOCK + 4 * (not is_square) + 4 * problem.column_sum)
+    most_stages = 3 if is_square and problem.natural and problem.transposed else 4
     for stages, out_buffers in ((4, 2), (3, 2), (3, 1), (2, 2), (2, 1)):
-        if stages * stage_bytes + slabs * out_buffers * slab_bytes + BARRIER_BYTES <= SHARED_MEMORY_BYTES:
+        if (
+            stages <= most_stages
+            and stages * stage_bytes + slabs * out_buffers * slab_bytes + BARRIER_BYTES <= SHARED_MEMORY_BYTES
+        ):
             return QuantizeConfig(BLOCK, stages, out_buffers)
     raise AssertionError(f"{problem} does not fit in shared memory")
 

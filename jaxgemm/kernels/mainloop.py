@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxgemm.kernels.schedule import SHARE_AXIS, Tile
 from jaxgemm.kernels.wave import ACCUMULATOR_LAYOUT, OPERAND_TRANSFORMS, TILE_K, WAVE_ROWS, load
 from jaxgemm.layout import align_up, cdiv
-from jaxgemm.tuning import MAX_EARLY_COLUMNS
+from jaxgemm.tuning import ScalesAreRead
 
 SCALE_BLOCK_ROWS = 128
 SLAB_ALIGNMENT = 32
@@ -202,7 +202,8 @@ def compute_tile(
     full_barrier: Any,
     empty_barrier: Any,
     slot: jax.Array,
-    multiply_wave: Callable[..., jax.Array],
+    multiply_wave: Callable[..., tuple[jax.Array, jax.Array | None]],
+    scales_are_read: ScalesAreRead,
     rows_counted: jax.Array | None = None,
 ) -> tuple[list[list[jax.Array]], jax.Array]:
     """A compute warpgroup's part of a tile: multiplies each k tile, scales the partial and adds it in float32.
@@ -222,13 +223,13 @@ def compute_tile(
         empty_barrier: arrived at once a stage has been read.
         slot: the next stage.
         multiply_wave: see `jaxgemm.kernels.wave`.
+        scales_are_read: when, beside a wave's product.
         rows_counted: rows of the tile that count; None if all do. A warpgroup with none of them only passes over the
             stages, and leaves the tensor core to the others; its sums are zeros.
 
     Returns:
         The float32 sums, one list of column chunks `[64, chunk]` a wave, and the next stage.
     """
-    late = loads_scales_late(rows[0], columns[0])
     chunk = chunk_columns(columns[0])
     chunks = range(0, columns[0].tile, chunk)
     first_row = warpgroup * (num_waves * WAVE_ROWS)
@@ -246,16 +247,26 @@ def compute_tile(
             load_chunk = functools.partial(_load_scales, columns, place, shifts[1], tile.column_start)
             return [load_chunk(column, chunk, axis=1) for column in chunks]
 
-        if not late:
+        if scales_are_read == "before":
             row_scales, column_scales = [load_row_scales(row) for row in wave_rows], load_column_scales()
         new_sums = []
         for wave, row in enumerate(wave_rows):
-            recycled = multiply_wave(rows[1].values_smem, columns[1].values_smem, slot, row, recycled)
-            scales = (load_row_scales(row), load_column_scales()) if late else (row_scales[wave], column_scales)
-            if wave == num_waves - 1 and not late:
-                plgpu.barrier_arrive(empty_barrier.at[slot])
+            operands = rows[1].values_smem, columns[1].values_smem, slot, row, recycled
+            if scales_are_read == "during":
+                recycled, factors = multiply_wave(
+                    *operands, meanwhile=lambda row=row: _factors(load_row_scales(row), *load_column_scales())
+                )
+                new_sums.append([sums[wave][0] + recycled * factors])
+                continue
+            recycled, _ = multiply_wave(*operands)
+            if scales_are_read == "after":
+                scales = load_row_scales(row), load_column_scales()
+            else:
+                scales = row_scales[wave], column_scales
+                if wave == num_waves - 1:
+                    plgpu.barrier_arrive(empty_barrier.at[slot])
             new_sums.append(_promote(recycled, sums[wave], *scales))
-        if late:
+        if scales_are_read != "before":
             plgpu.barrier_arrive(empty_barrier.at[slot])
         return next_slot(slot, stages), new_sums, recycled
 
@@ -282,16 +293,6 @@ def pass_over(k_tiles: jax.Array, stages: int, full_barrier: Any, empty_barrier:
         return next_slot(slot, stages)
 
     return lax.fori_loop(0, k_tiles, release, slot)
-
-
-def loads_scales_late(rows: Operand, columns: Operand) -> bool:
-    """Whether scales are read after each wave's product: if many, they would crowd out the sums.
-
-    NOTE: the scales that are read before the last product have been read by all warps of the warpgroup once that
-    product is complete, since it needs them all; then one thread can release the stage for them all. Late ones
-    have not, and every thread must arrive.
-    """
-    return columns.scale_per_row and columns.tile > MAX_EARLY_COLUMNS
 
 
 def chunk_columns(columns: Operand) -> int:
@@ -335,6 +336,12 @@ def _promote(
         accumulated + _scale(part, row_scale, column_scale)
         for part, accumulated, column_scale in zip(parts, sums, column_scales, strict=True)
     ]
+
+
+def _factors(row_scale: jax.Array, column_scale: jax.Array) -> jax.Array:
+    """What each element of a wave's product is multiplied by, if both operands have 1x128 scales."""
+    shape = row_scale.shape + column_scale.shape
+    return lax.broadcast_in_dim(row_scale, shape, [0]) * lax.broadcast_in_dim(column_scale, shape, [1])
 
 
 def _scale(partial: jax.Array, row_scale: jax.Array, column_scale: jax.Array) -> jax.Array:

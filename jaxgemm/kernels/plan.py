@@ -9,12 +9,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxgemm.kernels import epilogue, split_k
 from jaxgemm.kernels.group_schedule import KGroupSchedule, RowGroupSchedule, k_table, most_row_tiles, row_table
-from jaxgemm.kernels.mainloop import Operand, loads_scales_late, operand_buffers
+from jaxgemm.kernels.mainloop import Operand, operand_buffers
 from jaxgemm.kernels.schedule import LOCAL_AXIS, SHARE_AXIS, DenseSchedule, TileSchedule
 from jaxgemm.kernels.wave import TILE_K, WAVE_ROWS
 from jaxgemm.layout import TMA_ALIGNMENT_BYTES, align_up, cdiv
 from jaxgemm.problem import GemmProblem
-from jaxgemm.tuning import GemmConfig
+from jaxgemm.tuning import GemmConfig, ScalesAreRead, takes_turns, when_scales_are_read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,13 +50,12 @@ class Plan:
 
     @property
     def num_turns(self) -> int:
-        """Compute warpgroups that take turns at the tensor core: all if the promotion is long, else none, as 1.
+        """Compute warpgroups that take turns at the tensor core: all of them, or 1 if they do not."""
+        return self.config.warpgroups if takes_turns(self.problem, self.config) else 1
 
-        NOTE: which gain by it was measured: tiles of two waves a warpgroup, and 128x160; 128x128 loses 8 to 13 %.
-        """
-        is_long = self.num_waves > 1 or self.columns.tile > 128
-        scaled_per_row = self.lhs.scale_per_row and self.rhs.scale_per_row
-        return self.config.warpgroups if scaled_per_row and is_long else 1
+    @property
+    def scales_are_read(self) -> ScalesAreRead:
+        return when_scales_are_read(self.problem, self.config)
 
     @property
     def k_tiles(self) -> int:
@@ -168,9 +167,14 @@ def scratch_types(plan: Plan, bias_dtype: Any) -> dict[str, Any]:
 
 
 def _empty_barrier(plan: Plan) -> Any:
-    """The barriers that free a stage; a cluster barrier takes one arrival a warpgroup, a plain one takes 128."""
+    """The barriers that free a stage; a cluster barrier takes one arrival a warpgroup, a plain one takes 128.
+
+    NOTE: the scales that are read before the last product have been read by all warps of the warpgroup once that
+    product is complete, since it needs them all; then one thread can release the stage for them all. Those that are
+    read later have not, and every thread must arrive.
+    """
     arrivals, stages = plan.config.warpgroups, plan.config.stages
-    if loads_scales_late(plan.rows, plan.columns):
+    if plan.scales_are_read != "before":
         return plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages)
     axis = SHARE_AXIS if plan.config.share > 1 else LOCAL_AXIS
     return plgpu.ClusterBarrier(collective_axes=(axis,), num_arrivals=arrivals, num_barriers=stages)

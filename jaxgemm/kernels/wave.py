@@ -1,5 +1,6 @@
 """One wave of the main loop: the tensor core's product of 64 rows over one k tile, as float32 registers."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -40,7 +41,15 @@ TURN_AFTER = 3
 _FP8_NAMES = {jnp.dtype(jnp.float8_e4m3fn): "e4m3", jnp.dtype(jnp.float8_e5m2): "e5m2"}
 
 
-def multiply_wave(rows_smem, columns_smem, slot, row, recycled: jax.Array, num_warpgroups: int) -> jax.Array:
+def multiply_wave(
+    rows_smem,
+    columns_smem,
+    slot,
+    row,
+    recycled: jax.Array,
+    num_warpgroups: int,
+    meanwhile: Callable[[], jax.Array] | None = None,
+) -> tuple[jax.Array, jax.Array | None]:
     """Returns `rows @ columns.T` of one k tile, in registers of the warpgroup that calls.
 
     NOTE: Pallas' `wgmma` can only add to an accumulator, so each product would need fresh zeroed registers; two in
@@ -48,8 +57,7 @@ def multiply_wave(rows_smem, columns_smem, slot, row, recycled: jax.Array, num_w
     `recycled`, so that every wave of a warpgroup uses the same ones.
 
     NOTE: warpgroups may take turns: each starts when the one before has little left to do, so that one promotes while
-    another multiplies. Measured: up to 16 % where the promotion is long (both operands scaled by 1x128 blocks), a
-    loss of 2 % where it is short.
+    another multiplies. Which tiles gain by it was measured (`jaxgemm.tuning.takes_turns`).
 
     Args:
         rows_smem: FP8 reference `[stages, tile, 128]` in shared memory.
@@ -58,9 +66,10 @@ def multiply_wave(rows_smem, columns_smem, slot, row, recycled: jax.Array, num_w
         row: the wave's first row in the rows tile, a multiple of 8.
         recycled: float32 `[64, columns tile]`, a product no longer needed.
         num_warpgroups: compute warpgroups that take turns, each of which calls this equally often; 1: they do not.
+        meanwhile: what the warpgroup computes while the tensor core works; no loops and no branches.
 
     Returns:
-        float32 `[64, columns tile]`.
+        float32 `[64, columns tile]`, and what `meanwhile` returned.
     """
     shape = (WAVE_ROWS, columns_smem.shape[1])
     rows_tile = rows_smem.shape[1]
@@ -71,7 +80,7 @@ def multiply_wave(rows_smem, columns_smem, slot, row, recycled: jax.Array, num_w
         arg_types=(operand, operand, scalar, scalar, ACCUMULATOR_LAYOUT),
         return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=ACCUMULATOR_LAYOUT),
     )
-    def issue_and_wait(ctx, rows, columns, slot, row, recycled):
+    def issue(ctx, rows, columns, slot, row, recycled):
         del ctx
         slot, row = (scalar.registers.flat[0] for scalar in (slot, row))
         first_row = arith.addi(arith.muli(slot, mgpu.c(rows_tile, slot.type)), row)
@@ -81,13 +90,25 @@ def multiply_wave(rows_smem, columns_smem, slot, row, recycled: jax.Array, num_w
         nvvm.wgmma_fence_aligned()
         turn = _turn(0, num_warpgroups) if num_warpgroups > 1 else None
         registers = _issue(registers, *descriptors, shape[1], names, turn)
+        if meanwhile is not None:
+            _sync_warp()
+        return _from_scalars(registers, recycled)
+
+    @plgpu.inline_mgpu(
+        arg_types=(ACCUMULATOR_LAYOUT,),
+        return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=ACCUMULATOR_LAYOUT),
+    )
+    def wait(ctx, product):
+        del ctx
         if num_warpgroups > 1:
             nvvm.wgmma_wait_group_sync_aligned(1)
             _named_barrier("arrive", _turn(1, num_warpgroups))
         nvvm.wgmma_wait_group_sync_aligned(0)
-        return _from_scalars(_fence_registers(registers), recycled)
+        return _from_scalars(_fence_registers(_scalars(product)), product)
 
-    return issue_and_wait(rows_smem, columns_smem, jnp.int32(slot), jnp.int32(row), recycled)
+    product = issue(rows_smem, columns_smem, jnp.int32(slot), jnp.int32(row), recycled)
+    result = None if meanwhile is None else meanwhile()
+    return wait(product), result
 
 
 def sync_warpgroup() -> None:
@@ -107,7 +128,15 @@ def close_turns(num_warpgroups: int) -> None:
         plgpu.inline_mgpu()(lambda ctx: _named_barrier("sync", _turn(0, num_warpgroups)))()
 
 
-def multiply_wave_portable(rows_smem, columns_smem, slot, row, recycled: jax.Array, num_warpgroups: int) -> jax.Array:
+def multiply_wave_portable(
+    rows_smem,
+    columns_smem,
+    slot,
+    row,
+    recycled: jax.Array,
+    num_warpgroups: int,
+    meanwhile: Callable[[], jax.Array] | None = None,
+) -> tuple[jax.Array, jax.Array | None]:
     """`multiply_wave` in plain Pallas, for the interpreter, which cannot run inlined Mosaic code."""
     del recycled, num_warpgroups
     shape = (WAVE_ROWS, columns_smem.shape[1])
@@ -116,7 +145,7 @@ def multiply_wave_portable(rows_smem, columns_smem, slot, row, recycled: jax.Arr
         plgpu.wgmma(accumulator, rows_smem.at[slot, pl.ds(row, WAVE_ROWS)], columns_smem.at[slot].T)
         return accumulator[...]
 
-    return pl.run_scoped(product, plgpu.ACC(shape))
+    return pl.run_scoped(product, plgpu.ACC(shape)), None if meanwhile is None else meanwhile()
 
 
 def _issue(registers, rows_descriptor, columns_descriptor, tile: int, names: tuple[str, str], turn: ir.Value | None):
@@ -163,6 +192,12 @@ def _named_barrier(action: str, barrier: ir.Value) -> None:
     """Waits for ("sync") or announces ("arrive") a turn: one warpgroup of each (PTX ISA, `bar`)."""
     text = f"bar.{action} $0, {2 * 128};"
     llvm.inline_asm(ir.Type.parse("!llvm.void"), [barrier], text, "r", asm_dialect=0, has_side_effects=True)
+
+
+def _sync_warp() -> None:
+    """Keeps the assembler from moving what is read next from shared memory to before this point."""
+    text = "bar.warp.sync 0xffffffff;"
+    llvm.inline_asm(ir.Type.parse("!llvm.void"), [], text, "~{memory}", asm_dialect=0, has_side_effects=True)
 
 
 def _fence_registers(registers):

@@ -71,6 +71,7 @@ CASES = {
     ),
     "weights on the left": (problem(130, 70, 200, lhs=SQUARE, rhs=ROW), SMALL),
     "square blocks": (problem(130, 130, 300, lhs=SQUARE, out=F32), SMALL),
+    "factors": (problem(200, 136, 300, rhs=ROW, out=F32, bias=True), GemmConfig(128, 128, 2)),
     "late scales": (problem(70, 200, 300, rhs=ROW, out=F32), GemmConfig(128, 192, 2)),
     "kept block scales": (problem(8, 300, 5504, out=F32), GemmConfig(64, 192, 2, 1)),
     "kept block scales, one a tile": (problem(8, 300, 5504, out=F32), GemmConfig(64, 128, 2, 1)),

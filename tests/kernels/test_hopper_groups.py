@@ -190,6 +190,7 @@ K_GROUPED = {
     "all empty": (problem("k_grouped", 9, 24, 256, 2, rhs=ROW, out=F32), SMALL, [0, 0]),
     "exactly 128": (problem("k_grouped", 9, 24, 384, 3, rhs=ROW), SMALL, [128, 128, 128]),
     "too many": (problem("k_grouped", 9, 24, 256, 2, rhs=ROW, out=F32), SMALL, [100, 500]),
+    "factors": (problem("k_grouped", 150, 136, 512, 2, rhs=ROW, out=F32), GemmConfig(128, 128, 2), [3, 300]),
     "wide": (problem("k_grouped", 300, 96, 512, 2, rhs=ROW, out=F32), GemmConfig(256, 96, 2), [3, 300]),
 }
 
@@ -222,6 +223,7 @@ K_MASKED = {
     "every kind of end": (problem("k_masked", 70, 72, 300, 6, rhs=ROW, out=F32), SMALL, [0, 1, 127, 128, 129, 300]),
     "all empty": (problem("k_masked", 9, 24, 200, 3, rhs=ROW, out=F32), SMALL, [0, 0, 0]),
     "negative, and beyond the columns": (problem("k_masked", 9, 24, 200, 2, rhs=ROW), SMALL, [-4, 999]),
+    "factors": (problem("k_masked", 150, 136, 256, 2, rhs=ROW, out=F32), GemmConfig(128, 128, 2), [3, 256]),
     "wide": (problem("k_masked", 300, 96, 256, 2, rhs=ROW, out=F32), GemmConfig(256, 96, 2), [3, 256]),
     "bfloat16, odd": (problem("k_masked", 70, 27, 257, 2, rhs=ROW, lhs_dtype=E5M2), SMALL, [257, 130]),
     "swapped": (problem("k_masked", 40, 70, 300, 3, rhs=ROW, out=F32), SWAPPED, [17, 0, 299]),

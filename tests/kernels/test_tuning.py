@@ -20,6 +20,8 @@ from jaxgemm.tuning import (
     predicted_microseconds,
     shared_memory_bytes,
     staged_chunks,
+    takes_turns,
+    when_scales_are_read,
     why_invalid,
 )
 
@@ -165,3 +167,39 @@ def test_neighbours_are_valid_distinct_and_not_the_same(described):
         found = list(neighbours(described, config))
         assert found and len(set(found)) == len(found) and config not in found
         assert all(why_invalid(described, neighbour) is None for neighbour in found)
+
+
+@pytest.mark.parametrize("kind", ["grouped", "masked"])
+@pytest.mark.parametrize("config", [GemmConfig(128, 128, 3), GemmConfig(128, 160, 3), GemmConfig(256, 96, 3)], ids=str)
+def test_warpgroups_that_may_have_no_rows_take_no_turns(kind, config):
+    """One that passes over its k tiles never takes its turn, and the others would wait for it for ever."""
+    assert takes_turns(problem(4096, 4096, 4096, ROW, jnp.bfloat16), config)
+    assert not takes_turns(problem(4096, 4096, 4096, ROW, jnp.bfloat16, kind, num_groups=4), config)
+
+
+def test_scales_are_read_where_there_are_registers_for_them():
+    both, one = problem(4096, 4096, 4096, ROW), problem(4096, 4096, 4096)
+    assert when_scales_are_read(both, GemmConfig(128, 128, 3)) == "during"
+    assert when_scales_are_read(both, GemmConfig(128, 160, 3)) == "before"
+    assert when_scales_are_read(both, GemmConfig(256, 96, 3)) == "before"
+    assert when_scales_are_read(both, GemmConfig(64, 192, 3, 1)) == "after"
+    assert when_scales_are_read(one, GemmConfig(128, 128, 3)) == "before"
+    assert not takes_turns(one, GemmConfig(256, 128, 3))
+
+
+@pytest.mark.parametrize(
+    "m, n, k, out, tile",
+    [  # the fastest of those measured (benchmarks/results/wgrad-tiles-h200.json), or within 1 % of it
+        (4096, 7168, 4096, jnp.float32, [(256, 112)]),
+        (4096, 4096, 7168, jnp.float32, [(128, 128)]),
+        (4096, 14336, 8192, jnp.float32, [(256, 112), (256, 96)]),
+        (7168, 2048, 8192, jnp.float32, [(128, 128)]),
+        (4096, 7168, 4096, jnp.bfloat16, [(256, 112), (128, 160)]),
+        (4096, 14336, 8192, jnp.bfloat16, [(256, 112)]),
+        (2048, 7168, 8192, jnp.bfloat16, [(256, 112)]),
+        (2048, 2048, 8192, jnp.bfloat16, [(128, 128)]),
+    ],
+)
+def test_weight_gradients_get_the_tiles_that_were_fastest(m, n, k, out, tile):
+    config = choose_config(problem(m, n, k, ROW, out), 132)
+    assert (config.tile_m, config.tile_n) in tile
