@@ -146,7 +146,7 @@ def _products(setup: Setup, backward: bool) -> Callable[..., Any]:
             return outs
         dlhs = [jaxgemm.gemm(s["dout"], s["rhs_natural"], implementation=name) for s in steps]
         drhs = [
-            jaxgemm.gemm(s["lhs_t"], s["dout_t"], preferred_element_type=jnp.float32, implementation=name)
+            jaxgemm.gemm(s["lhs_t"], s["dout_t"], preferred_element_type=s["bias"].dtype, implementation=name)
             for s in steps
         ]
         return outs, dlhs, drhs
