@@ -21,7 +21,9 @@ def tiny_cases(monkeypatch):
     monkeypatch.setattr(quantize, "ACTIVATIONS", ((10, 300),))
     monkeypatch.setattr(quantize, "WEIGHTS", ((200, 130),))
     tiny_block = block.BlockCase(2, 8, 32, 24, heads=4, kv_heads=2, attention="xla")
-    monkeypatch.setattr(dense, "dense_cases", lambda: [dense.DenseCase(16, (40, 24, 40)), tiny_block])
+    monkeypatch.setattr(
+        dense, "dense_cases", lambda: [dense.DenseCase(16, (40, 24, 40)), block.MlpCase(16, 32, 24), tiny_block]
+    )
     cases = [
         grouped.GroupedCase("masked", 2, 9, 20, 140),
         grouped.GroupedCase("contiguous", 3, 12, 20, 140),
@@ -94,11 +96,12 @@ def test_quantize(tiny_cases, tmp_path):
 
 def test_dense(tiny_cases, tmp_path):
     assert bench("dense", "--json", str(tmp_path / "a.json")) == 0
-    train, forward, whole = report.read(tmp_path / "a.json")["rows"]
-    assert set(whole["times"]) == {"jaxgemm", block.LAYERS, "xla-bf16"}
+    train, forward, mlp, whole = report.read(tmp_path / "a.json")["rows"]
+    assert set(whole["times"]) == set(mlp["times"]) == {"jaxgemm", block.LAYERS, "xla-bf16"}
+    assert (mlp["group"], whole["group"]) == ("mlp", "block") and mlp["flops"] == 6 * 16 * 3 * 32 * 24
     assert whole["flops"] == 6 * 2 * 8 * (32 * 64 + 32 * 32 + 32 * 48 + 24 * 32)
     assert train["flops"] == 3 * forward["flops"] == 3 * 2 * 16 * 2 * 40 * 24
-    for row in (train, forward, whole):
+    for row in (train, forward, mlp, whole):
         assert 1e-6 < row["checks"]["largest difference from bf16"] < 1e-2
         assert row["checks"]["temp MiB"] >= 0
     for row in (train, forward):

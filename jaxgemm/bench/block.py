@@ -1,4 +1,4 @@
-"""A transformer block forward and backward: what FP8 layers are worth beside attention that stays in bfloat16."""
+"""A gated MLP, and a transformer block around it, forward and backward: attention stays in bfloat16."""
 
 import dataclasses
 import functools
@@ -18,6 +18,41 @@ Mlp = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 LAYERS = f"{OWN}, layer by layer"
 """Column with the MLP as two products and an activation between them, in place of the fused one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MlpCase:
+    """A SwiGLU MLP, by default of the size of Llama 3 8B.
+
+    Attributes:
+        rows: of the input.
+        width: of the input and the output.
+        hidden: of gate and up.
+    """
+
+    rows: int = 8192
+    width: int = 4096
+    hidden: int = 14336
+
+    @property
+    def name(self) -> str:
+        """What tables and files call the case."""
+        return f"mlp: {self.rows} rows, {self.width} -> 2 x {self.hidden} -> {self.width}"
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Of x, and of the result."""
+        return self.rows, self.width
+
+    @property
+    def weight_shapes(self) -> dict[str, tuple[int, int]]:
+        """Of the linear layers, `[k, n]`."""
+        return {"gate_up": (self.width, 2 * self.hidden), "down": (self.hidden, self.width)}
+
+    @property
+    def flops(self) -> float:
+        """Forward and backward."""
+        return 6.0 * self.rows * sum(k * n for k, n in self.weight_shapes.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +83,11 @@ class BlockCase:
         return f"block: {self.batch}x{self.length} tokens, width {self.width}, hidden {self.hidden}"
 
     @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Of x, and of the result."""
+        return self.batch, self.length, self.width
+
+    @property
     def head_width(self) -> int:
         """Of one head."""
         return self.width // self.heads
@@ -68,9 +108,9 @@ class BlockCase:
         return 6.0 * self.batch * self.length * sum(k * n for k, n in self.weight_shapes.values())
 
 
-def run_case(case: BlockCase, setup: Setup) -> list[Row]:
+def run_case(case: BlockCase | MlpCase, setup: Setup) -> list[Row]:
     """Measures forward and backward (gradients of input and weights), weights quantised in each step."""
-    x = normal(0, case.batch, case.length, case.width)
+    x = normal(0, *case.input_shape)
     weights = {
         name: normal(i + 1, *shape) * jnp.bfloat16(shape[0] ** -0.5)
         for i, (name, shape) in enumerate(case.weight_shapes.items())
@@ -85,7 +125,7 @@ def run_case(case: BlockCase, setup: Setup) -> list[Row]:
         if "xla-bf16" in setup.peers:
             calls["xla-bf16"] = Call.jitted(_training_step(case, jnp.matmul), arguments)
     result = own.first()
-    row = Row(case.name, dict(group="block", cold=False, **dataclasses.asdict(case)), case.flops, 0.0)
+    row = Row(case.name, dict(group=case.name.split(":")[0], cold=False, **dataclasses.asdict(case)), case.flops, 0.0)
     row.bytes = float(stored_bytes(arguments, result))
     row.measured(setup, calls)
     row.compared_with_bf16(calls, result)
@@ -93,8 +133,8 @@ def run_case(case: BlockCase, setup: Setup) -> list[Row]:
     return [row]
 
 
-def fp8_products(case: BlockCase, implementation: str | None) -> tuple[Dot, Mlp]:
-    """Returns a linear layer and the whole MLP of a block in FP8."""
+def fp8_products(case: BlockCase | MlpCase, implementation: str | None) -> tuple[Dot, Mlp]:
+    """Returns a linear layer and the whole MLP in FP8."""
 
     def dot(x: jax.Array, w: jax.Array) -> jax.Array:
         return jaxgemm.fp8_dot(x, w, implementation=implementation)
@@ -106,9 +146,14 @@ def fp8_products(case: BlockCase, implementation: str | None) -> tuple[Dot, Mlp]
     return dot, mlp
 
 
-def _training_step(case: BlockCase, dot: Dot, mlp: Mlp | None = None) -> Callable[..., Any]:
+def _training_step(case: BlockCase | MlpCase, dot: Dot, mlp: Mlp | None = None) -> Callable[..., Any]:
+    def forward(x: jax.Array, weights: dict[str, jax.Array]) -> jax.Array:
+        if isinstance(case, BlockCase):
+            return transformer_block(case, dot, x, weights, mlp)
+        return (mlp or functools.partial(_mlp, dot))(x, weights["gate_up"], weights["down"])
+
     def training_step(x: jax.Array, weights: dict[str, jax.Array], dout: jax.Array) -> Any:
-        out, pull_back = jax.vjp(lambda x, weights: transformer_block(case, dot, x, weights, mlp), x, weights)
+        out, pull_back = jax.vjp(forward, x, weights)
         return out, pull_back(dout)
 
     return training_step

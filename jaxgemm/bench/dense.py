@@ -44,15 +44,15 @@ class DenseCase:
         return 2.0 * self.m * sum(k * n for k, n in itertools.pairwise(self.widths))
 
 
-def dense_cases(rows: int = 8192) -> list[DenseCase | block.BlockCase]:
-    """Returns an MLP's first layer, a pair down and up again, a small square layer, and a transformer block."""
+def dense_cases(rows: int = 8192) -> list[DenseCase | block.MlpCase | block.BlockCase]:
+    """Returns an MLP's first layer, a pair down and up again, a small square layer, an MLP, and a transformer block."""
     layers = [DenseCase(rows, widths) for widths in ((4096, 14336), (7168, 2048, 7168), (2048, 2048))]
-    return [*layers, block.BlockCase()]
+    return [*layers, block.MlpCase(rows), block.BlockCase()]
 
 
-def run_case(case: DenseCase | block.BlockCase, setup: Setup) -> list[Row]:
+def run_case(case: DenseCase | block.MlpCase | block.BlockCase, setup: Setup) -> list[Row]:
     """Measures a training step, and of plain layers a forward pass with weights already quantised."""
-    if isinstance(case, block.BlockCase):
+    if not isinstance(case, DenseCase):
         return block.run_case(case, setup)
     keys = itertools.count()
     x = normal(next(keys), case.m, case.widths[0])
