@@ -104,7 +104,7 @@ def run_quantize(
     arrays, sizes = problem.split_inputs(inputs)
     shapes, dtype = [x.shape for x in arrays], arrays[0].dtype
     if problem.function is None or kernels.why_not(problem, dtype, shapes) is None:
-        config = kernels.default_config(problem, dtype)
+        config = kernels.default_config(problem, dtype, arrays[0].size)
         with jax.enable_x64(False):  # kernels count in 32 bits, whatever the mode of the program that calls them
             return kernels.hopper_quantize(*inputs, problem=problem, config=config, num_sms=sm_count())
     results = zip(reference.apply_function(problem, *arrays), problem.results(shapes), strict=True)

@@ -1,6 +1,7 @@
 """`explain`: what would compute each FP8 problem of a function, and why. Nothing is run."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -204,9 +205,11 @@ def _quantize_config(problem: QuantizeProblem, inputs: Sequence[jax.ShapeDtypeSt
     shapes, dtype = [x.shape for x in arrays], arrays[0].dtype
     reason = plan.why_not(problem, dtype, shapes)
     if problem.function is None or reason is None:
-        return plan.default_config(problem, dtype), "default"
+        return plan.default_config(problem, dtype, math.prod(shapes[0])), "default"
     (plain, _), *_ = problem.results(shapes)
-    return plan.default_config(plain, dtype), f"default, with {problem.function} left to XLA: {reason}"
+    return plan.default_config(
+        plain, dtype, math.prod(shapes[0])
+    ), f"default, with {problem.function} left to XLA: {reason}"
 
 
 def _sizes(found: FoundProblem) -> tuple[int, ...]:

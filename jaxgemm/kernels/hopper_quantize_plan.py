@@ -19,6 +19,10 @@ SLAB_ROWS = 64
 SWIZZLE_BYTES = 128
 SHARED_MEMORY_BYTES = 232448
 """Shared memory of a thread block on Hopper (CUDA C++ programming guide, compute capability 9.0)."""
+LARGE_SQUARE_ELEMENTS = 1 << 25
+"""From how many elements on square blocks in both orientations take three stages: at 4096x14336 that was 6 % faster
+than four, at 7168x2048 and 2048x7168 4 to 5 % slower (H200)."""
+
 BARRIER_BYTES = 1024
 """Ample for the barriers and the alignment of what lies in shared memory."""
 
@@ -40,22 +44,23 @@ class QuantizeConfig:
     blocks_per_sm: int = 1
 
 
-def default_config(problem: QuantizeProblem, in_dtype: np.dtype) -> QuantizeConfig:
+def default_config(problem: QuantizeProblem, in_dtype: np.dtype, elements: int = 0) -> QuantizeConfig:
     """Returns the layout with the most stages, up to four, and then output buffers that fit.
 
-    Square blocks in both orientations take three: 5 % faster at 4096x14336 on an H200.
+    Args:
+        problem: the pass.
+        in_dtype: of the inputs.
+        elements: of one input, if known.
     """
     num_inputs = FUNCTIONS[problem.function].num_inputs if problem.function else 1
     slabs = (problem.natural + problem.transposed) * (BLOCK // SLAB_ROWS)
     is_square = problem.block_shape == SQUARE_BLOCK
     stage_bytes = num_inputs * BLOCK * BLOCK * np.dtype(in_dtype).itemsize + 4 * BLOCK * is_square
     slab_bytes = SLAB_ROWS * (BLOCK + 4 * (not is_square) + 4 * problem.column_sum)
-    most_stages = 3 if is_square and problem.natural and problem.transposed else 4
+    is_large = is_square and problem.natural and problem.transposed and elements >= LARGE_SQUARE_ELEMENTS
     for stages, out_buffers in ((4, 2), (3, 2), (3, 1), (2, 2), (2, 1)):
-        if (
-            stages <= most_stages
-            and stages * stage_bytes + slabs * out_buffers * slab_bytes + BARRIER_BYTES <= SHARED_MEMORY_BYTES
-        ):
+        used = stages * stage_bytes + slabs * out_buffers * slab_bytes + BARRIER_BYTES
+        if used <= SHARED_MEMORY_BYTES and not (is_large and stages > 3):
             return QuantizeConfig(BLOCK, stages, out_buffers)
     raise AssertionError(f"{problem} does not fit in shared memory")
 

@@ -232,6 +232,14 @@ def test_default_configurations_lower_for_cuda(block_shape, orientation, dtype):
         assert "mosaic_gpu" in lowered.as_text()
 
 
+def test_large_weights_in_both_orientations_take_three_stages():
+    both = QuantizeProblem(SQUARE_BLOCK, E4M3, transposed=True)
+    assert kernels.default_config(both, jnp.bfloat16, 4096 * 14336).stages == 3
+    assert kernels.default_config(both, jnp.bfloat16, 7168 * 2048).stages == 4
+    rows = QuantizeProblem(ROW_BLOCK, E4M3, transposed=True)
+    assert kernels.default_config(rows, jnp.bfloat16, 8192 * 14336).stages == 4
+
+
 @pytest.mark.parametrize("function", list(FUNCTIONS))
 def test_default_configurations_with_a_function_lower_for_cuda(function):
     options = {"joined": function.endswith("_gate"), "hidden": FUNCTIONS[function].has_hidden}
