@@ -174,6 +174,9 @@ def k_grouped_gemm(
     problem: GemmProblem, lhs: jax.Array, rhs: jax.Array, accumulate: jax.Array | None, group_sizes: jax.Array
 ) -> jax.Array:
     """The product with groups of contracted columns, `[m, k] x [n, k] -> [g, m, n]`, added to `accumulate` if given."""
+    start = jnp.zeros(problem.out_shape, jnp.float32) if accumulate is None else accumulate
+    if problem.k == 0:
+        return start.astype(problem.out_dtype)
     sizes = layout.clip_aligned_sizes(group_sizes, problem.k, problem.segment_alignment)
     offsets = layout.aligned_group_offsets(sizes, 1)
     capacity = layout.aligned_capacity(problem.k, problem.num_groups)
@@ -181,7 +184,6 @@ def k_grouped_gemm(
     # Contiguous columns are found through their group's offset; aligned ones start where their segment does.
     starts = layout.aligned_group_offsets(sizes, problem.segment_alignment)
     columns = jnp.where(valid, source - offsets[group] + starts[group], 0)
-    start = jnp.zeros(problem.out_shape, jnp.float32) if accumulate is None else accumulate
     start, *_ = match_varying([start, lhs])  # a carry must vary over the mesh as its updates do
 
     def add_block(out: jax.Array, block: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:

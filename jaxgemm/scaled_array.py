@@ -146,7 +146,7 @@ def resolve_block_shape(block_shape: tuple[int, int], rows: int, cols: int) -> t
         ValueError: if it is none of `(1, 128)`, `(128, 128)`, `(1, cols)`, `(rows, cols)`.
     """
     allowed = (ROW_BLOCK, SQUARE_BLOCK, (1, max(cols, 1)), (max(rows, 1), max(cols, 1)))
-    block = tuple(block_shape)
+    block = tuple(block_shape) if isinstance(block_shape, (tuple, list)) else block_shape
     if block not in allowed:
         raise ValueError(
             f"block_shape must be (1, 128), (128, 128), (1, k) = (1, {cols}) or (m, k) = ({rows}, {cols}), "

@@ -231,6 +231,23 @@ def test_k_grouped_takes_unpadded_segments_too():
         start += size
 
 
+def test_no_rows_at_all():
+    """A device of a mesh, or an expert's share of a batch, may have none: products are empty, gradients zero."""
+    sizes, before = jnp.array([0, 2, 1]), random(2, 3, 70, 33)
+    out, _, _ = k_grouped(random(0, 0, 70), random(1, 0, 33), sizes)
+    assert out.shape == (3, 70, 33) and not out.any()
+    lhs, rhs = (jaxgemm.quantize_grouped(random(i, 0, n), sizes) for i, n in ((0, 70), (1, 33)))
+    np.testing.assert_array_equal(jaxgemm.k_grouped_gemm(lhs, rhs, sizes, accumulate=before), before)
+
+    def total(x, w, bias):
+        return jaxgemm.grouped_fp8_dot(x, w, sizes, bias).sum()
+
+    x, w, bias = random(3, 0, 40), random(4, 3, 40, 24), random(5, 3, 24)
+    gradients = jax.grad(total, argnums=(0, 1, 2))(x, w, bias)
+    assert [g.shape for g in gradients] == [x.shape, w.shape, bias.shape]
+    assert not any(g.any() for g in gradients)
+
+
 def test_k_grouped_accumulates():
     x, dout, sizes = random(0, M, 70), random(1, M, 33), jnp.array(SIZES[3])
     out, lhs, rhs = k_grouped(x, dout, sizes)
