@@ -196,7 +196,10 @@ def test_the_oracle_of_groups_sees_a_wrong_group(tiny_cases):
         call = Call.jitted(prepared.own, prepared.scaled)
         right = call.function
         wrong = Call(lambda *a, f=right: f(*a) * 1.02, *call.argument_sets)
+        oracle = grouped._k_oracle if case.kind == "k-grouped" else grouped._group_oracle
+        oracle.clear_cache()
         assert grouped._difference(case, call) < 1e-5 < grouped._difference(case, wrong)
+        assert oracle._cache_size() == 1, "one program for groups of all sizes: dozens would take minutes"
 
 
 def test_a_case_that_fails_is_a_row_and_fails_the_run(tmp_path):

@@ -27,6 +27,12 @@ def sampled_rows(rows: int, seed: int = 0) -> np.ndarray:
     return np.concatenate([[0], np.sort(inner), [rows - 1]])
 
 
+def padded_rows(rows: int) -> np.ndarray:
+    """Returns `sampled_rows`, the last one repeated: of one shape, so that groups of all sizes share a program."""
+    sampled = sampled_rows(rows)
+    return np.pad(sampled, (0, SAMPLED_ROWS - sampled.size), mode="edge")
+
+
 def dense_difference(
     out: jax.Array, lhs: jaxgemm.ScaledArray, rhs: jaxgemm.ScaledArray, bias: jax.Array | None = None
 ) -> float:
