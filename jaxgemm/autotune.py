@@ -15,9 +15,9 @@ from jaxgemm.autotune_neighbours import neighbours
 from jaxgemm.bench.measure import Call, CuptiTimer, Timer, fitting_iterations, measure_together, one_line
 from jaxgemm.bench.progress import progress
 from jaxgemm.find import FoundProblem, describe, find_problems
+from jaxgemm.gemm_config import GemmConfig
 from jaxgemm.problem import GemmProblem
 from jaxgemm.tuned_rows import TunedRow, tuned_key
-from jaxgemm.tuning import GemmConfig
 
 logger = logging.getLogger(__name__)
 

@@ -3,9 +3,9 @@
 import dataclasses
 from collections.abc import Iterator
 
+from jaxgemm.gemm_config import GemmConfig, why_invalid, with_most_stages
 from jaxgemm.layout import cdiv
 from jaxgemm.problem import GemmProblem
-from jaxgemm.tuning import GemmConfig, why_invalid, with_most_stages
 
 
 def neighbours(problem: GemmProblem, config: GemmConfig) -> Iterator[GemmConfig]:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from jaxgemm import tuned_rows, tuning, tuning_cache
+from jaxgemm.gemm_config import GemmConfig, why_invalid
 from jaxgemm.problem import GemmProblem
-from jaxgemm.tuning import GemmConfig
 
 AUTOTUNED = "autotuned"
 MODEL = "model"
@@ -49,7 +49,7 @@ def tuned_choice(problem: GemmProblem, device_kind: str | None) -> Choice | None
     if device_kind is None:
         return None
     row = tuning_cache.rows(device_kind).get(tuned_rows.tuned_key(problem))
-    return Choice(row.config, AUTOTUNED) if row and tuning.why_invalid(problem, row.config) is None else None
+    return Choice(row.config, AUTOTUNED) if row and why_invalid(problem, row.config) is None else None
 
 
 def shipped_choice(problem: GemmProblem, num_sms: int, device_kind: str | None) -> Choice:
@@ -57,7 +57,7 @@ def shipped_choice(problem: GemmProblem, num_sms: int, device_kind: str | None) 
     key = tuned_rows.tuned_key(problem)
     for table in sorted(tuned_rows.shipped_tables(), key=lambda table: table.device != device_kind):
         row = table.rows.get(key)
-        if row and tuning.why_invalid(problem, row.config) is None:
+        if row and why_invalid(problem, row.config) is None:
             return Choice(row.config, f"measured on {table.device}")
     return Choice(tuning.choose_config(problem, num_sms), MODEL)
 

@@ -11,8 +11,8 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from jaxgemm.gemm_config import GemmConfig
 from jaxgemm.problem import GemmProblem
-from jaxgemm.tuning import GemmConfig
 
 FORMAT = 1
 

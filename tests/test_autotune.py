@@ -22,9 +22,9 @@ from jaxgemm.autotune import Tuner
 from jaxgemm.bench import tune as tune_command
 from jaxgemm.bench.__main__ import main, make_parser
 from jaxgemm.bench.measure import Call, Timing
+from jaxgemm.gemm_config import GemmConfig, why_invalid
 from jaxgemm.problem import GemmProblem
 from jaxgemm.tuned_rows import TunedRow, TunedTable, tuned_key
-from jaxgemm.tuning import GemmConfig
 
 GPU = "Test GPU"
 E4M3, BF16, F32 = (np.dtype(d) for d in (jnp.float8_e4m3fn, jnp.bfloat16, jnp.float32))
@@ -415,7 +415,7 @@ def test_a_file_that_is_damaged_when_it_is_written_to_is_kept_too(caplog):
 
 def test_rows_that_are_not_valid_today_are_ignored():
     invalid = dataclasses.replace(CONFIG, stages=100)
-    assert tuning.why_invalid(problem(), invalid)
+    assert why_invalid(problem(), invalid)
     file = tuning_cache.add(GPU, [row(config=invalid), row(8)])
     assert dispatch.choose_config(problem()).source == tiles.MODEL
     assert "has a row already" not in str(run(most_configs=2))
@@ -447,7 +447,7 @@ WRITER = """
 import sys, time
 from jaxgemm import tuning_cache
 from jaxgemm.tuned_rows import TunedKey, TunedRow
-from jaxgemm.tuning import GemmConfig
+from jaxgemm.gemm_config import GemmConfig
 
 replace = tuning_cache._replace
 def slowly(file, text):  # a process that does not hold the lock would lose what the other writes meanwhile

@@ -10,9 +10,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jaxgemm.gemm_config import SWIZZLE_BYTES, GemmConfig, staged_chunks
 from jaxgemm.kernels.wave import ACCUMULATOR_LAYOUT, WAVE_ROWS, load
 from jaxgemm.problem import GemmProblem
-from jaxgemm.tuning import SWIZZLE_BYTES, GemmConfig, staged_chunks
 
 
 def activate(values: jax.Array, activation: str | None) -> jax.Array:

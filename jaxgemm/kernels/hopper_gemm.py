@@ -26,6 +26,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jaxgemm.gemm_config import GemmConfig
 from jaxgemm.kernels import split_k
 from jaxgemm.kernels.finish import Finish
 from jaxgemm.kernels.group_schedule import scales_by_group
@@ -58,7 +59,6 @@ from jaxgemm.kernels.wave import (
 )
 from jaxgemm.layout import pad_trailing
 from jaxgemm.problem import GemmProblem
-from jaxgemm.tuning import GemmConfig
 
 REGISTERS = {1: (40, 240), 2: (40, 232), 3: (32, 160)}
 """Registers a thread of the loading and of the compute warpgroups, by the number of these: 65536 in all.

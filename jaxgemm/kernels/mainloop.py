@@ -16,10 +16,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jaxgemm.gemm_config import ScalesAreRead
 from jaxgemm.kernels.schedule import SHARE_AXIS, Tile
 from jaxgemm.kernels.wave import ACCUMULATOR_LAYOUT, OPERAND_TRANSFORMS, TILE_K, WAVE_ROWS, load
 from jaxgemm.layout import align_up, cdiv
-from jaxgemm.tuning import ScalesAreRead
 
 SCALE_BLOCK_ROWS = 128
 SLAB_ALIGNMENT = 32

@@ -13,10 +13,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jaxgemm.gemm_config import partial_pitch
 from jaxgemm.kernels.schedule import SPLIT_AXIS
 from jaxgemm.kernels.wave import ACCUMULATOR_LAYOUT, WAVE_ROWS, load
 from jaxgemm.layout import cdiv
-from jaxgemm.tuning import partial_pitch
 
 MIN_SLICE = 8
 """Fewest columns of a wgmma accumulator."""

@@ -57,7 +57,7 @@ def multiply_wave(
     `recycled`, so that every wave of a warpgroup uses the same ones.
 
     NOTE: warpgroups may take turns: each starts when the one before has little left to do, so that one promotes while
-    another multiplies. Which tiles gain by it was measured (`jaxgemm.tuning.takes_turns`).
+    another multiplies. Which tiles gain by it was measured (`jaxgemm.gemm_config.takes_turns`).
 
     Args:
         rows_smem: FP8 reference `[stages, tile, 128]` in shared memory.

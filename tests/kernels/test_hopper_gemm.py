@@ -25,11 +25,12 @@ from kernel_support import (
     stored_shapes,
 )
 
+from jaxgemm.gemm_config import SHARED_MEMORY_BYTES, GemmConfig, shared_memory_bytes, why_invalid
 from jaxgemm.kernels import split_k
 from jaxgemm.kernels.hopper_gemm import hopper_gemm
 from jaxgemm.kernels.plan import make_plan
 from jaxgemm.problem import GemmProblem
-from jaxgemm.tuning import SHARED_MEMORY_BYTES, GemmConfig, choose_config, shared_memory_bytes, why_invalid
+from jaxgemm.tuning import choose_config
 
 
 def problem(m, n, k, *, lhs=ROW, rhs=SQUARE, lhs_dtype=E4M3, rhs_dtype=E4M3, out=BF16, bias=False, activation=None):

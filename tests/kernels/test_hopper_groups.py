@@ -25,11 +25,12 @@ from kernel_support import (
     stored_shapes,
 )
 
+from jaxgemm.gemm_config import GemmConfig, why_invalid
 from jaxgemm.kernels.group_schedule import FIELDS, k_table, most_row_tiles, row_table, scales_by_group
 from jaxgemm.kernels.hopper_gemm import hopper_gemm
 from jaxgemm.kernels.plan import make_plan
 from jaxgemm.problem import GemmProblem
-from jaxgemm.tuning import GemmConfig, choose_config, why_invalid
+from jaxgemm.tuning import choose_config
 
 WIDE, SMALL = GemmConfig(256, 128, 2), GemmConfig(64, 64, 2, 1)
 SWAPPED = GemmConfig(16, 64, 2, 1, swap_operands=True)

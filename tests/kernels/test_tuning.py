@@ -9,21 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxgemm.autotune_neighbours import neighbours
-from jaxgemm.problem import GemmProblem
-from jaxgemm.tiles import shipped_choice
-from jaxgemm.tuned_rows import shipped_tables, tuned_key
-from jaxgemm.tuning import (
+from jaxgemm.gemm_config import (
     SHARED_MEMORY_BYTES,
     GemmConfig,
-    candidates,
-    choose_config,
-    predicted_microseconds,
     shared_memory_bytes,
     staged_chunks,
     takes_turns,
     when_scales_are_read,
     why_invalid,
 )
+from jaxgemm.problem import GemmProblem
+from jaxgemm.tiles import shipped_choice
+from jaxgemm.tuned_rows import shipped_tables, tuned_key
+from jaxgemm.tuning import candidates, choose_config, predicted_microseconds
 
 E4M3 = np.dtype(jnp.float8_e4m3fn)
 ROW, SQUARE = (1, 128), (128, 128)
