@@ -24,6 +24,9 @@ What two calls of `fp8_dot` with an activation between them cannot do is done he
 | dgrad of up, gate | dgate, dup | dx |
 | wgrad of up, gate | x, dgate, dup, all transposed | |
 
+With `low_memory` the fused backward pass is two: the natural copies of dgate and dup are used up in dx before the
+transposed ones are made. dhidden, gate and up are read twice.
+
 Kept for the backward pass, under the names of `jaxgemm.dot_vjp`: `jaxgemm_lhs` (x transposed, one byte an element),
 `jaxgemm_rhs` (the quantised weights) and `jaxgemm_pre_activation` (gate and up).
 """
@@ -62,12 +65,14 @@ class MlpOptions:
         down: the layer behind the activation. Recipe and implementation are those of all layers.
         function: a name in `jaxgemm.elementwise.FUNCTIONS`: from gate and up, or up alone, to the hidden activations.
         joined: whether gate and up are one layer, their columns side by side.
+        low_memory: whether the gradients of the hidden layer are quantised in two passes.
     """
 
     first: tuple[DotOptions, ...]
     down: DotOptions
     function: str
     joined: bool
+    low_memory: bool = False
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -114,17 +119,33 @@ def _backward(options: MlpOptions, residuals: Any, dout: jax.Array) -> tuple[Any
     with part("mlp_down_backward"):
         dout_q, dout_wgrad, ddown_bias = quantize_dout(options.down, dout)
         dhidden = dgrad(options.down, dout_q, down, None, options.down.lhs_dtype)
-        dpre, hidden = _quantize_dpre(options, dhidden, pre)
+    dx = None
+    if options.low_memory and _is_fused(options):
+        with part("mlp_down_backward"):
+            natural = _dpre_in_one_pass(options, dhidden, pre, natural=True, transposed=False)
+        dx = _dx(options, [d for d, _, _ in natural], weights)
+        # What is transposed is made when the natural copies are used up, and not before.
+        dx, dhidden, pre = jax.lax.optimization_barrier((dx, dhidden, pre))
+    with part("mlp_down_backward"):
+        dpre, hidden = _quantize_dpre(options, dhidden, pre, natural=dx is None)
         ddown = wgrad(options.down, hidden, dout_wgrad)
         _, ddown, ddown_bias = settle_gradients(options.down, None, ddown, ddown_bias)
+    if dx is None:
+        dx = _dx(options, [d for d, _, _ in dpre], weights)
     with part("mlp_up_backward"):
-        # Two products are added before they are rounded.
-        sum_dtype = options.first[0].lhs_dtype if len(dpre) == 1 else jnp.float32
-        layers = list(zip(options.first, dpre, weights, strict=True))
-        dx = functools.reduce(jnp.add, [dgrad(layer, d, w, None, sum_dtype) for layer, (d, _, _), w in layers])
-        dx, *_ = settle_gradients(options.first[0], dx.astype(options.first[0].lhs_dtype), None, None)
-        settled = [settle_gradients(a, None, wgrad(a, x_residual, d_t), total) for a, (_, d_t, total), _ in layers]
+        layers = zip(options.first, dpre, strict=True)
+        settled = [settle_gradients(a, None, wgrad(a, x_residual, d_t), total) for a, (_, d_t, total) in layers]
     return dx, tuple(dw for _, dw, _ in settled), tuple(dbias for *_, dbias in settled), ddown, ddown_bias
+
+
+def _dx(options: MlpOptions, dpre: list[Any], weights: list[Any]) -> jax.Array:
+    """The gradient of x: two products are added before they are rounded."""
+    with part("mlp_up_backward"):
+        sum_dtype = options.first[0].lhs_dtype if len(dpre) == 1 else jnp.float32
+        products = zip(options.first, dpre, weights, strict=True)
+        dx = functools.reduce(jnp.add, [dgrad(layer, d, w, None, sum_dtype) for layer, d, w in products])
+        dx, *_ = settle_gradients(options.first[0], dx.astype(options.first[0].lhs_dtype), None, None)
+    return dx
 
 
 scaled_mlp.defvjp(_forward, _backward)
@@ -157,26 +178,48 @@ def _quantize_constant(options: MlpOptions, weight: Any) -> ScaledArray:
     return quantize_transposed(weight, recipe.rhs_block_shape, **options.down.quantizer(recipe.rhs_dtype))
 
 
-def _quantize_dpre(options: MlpOptions, dhidden: jax.Array, pre: list[jax.Array]) -> tuple[list[Any], Any]:
+def _is_trained(options: MlpOptions) -> set[bool]:
+    """Whether gate and up have gradients; both of the answers if only one of them has."""
+    return {layer.rhs_dtype is not None for layer in options.first}
+
+
+def _is_fused(options: MlpOptions) -> bool:
+    """Whether one pass can write the gradients of gate and up both ways."""
+    recipe = options.down.recipe
+    return recipe.wgrad_dtype == "fp8" and recipe.dout_block_shape[0] == 1 and _is_trained(options) == {True}
+
+
+def _dpre_in_one_pass(
+    options: MlpOptions, dhidden: jax.Array, pre: list[jax.Array], natural: bool, transposed: bool, hidden: bool = False
+) -> list[Any]:
+    """Quantises the gradients of what the activation was applied to; the hidden activations behind them, if wanted."""
+    has_bias = any(layer.bias_dtype is not None for layer in options.first)
+    return quantize_function(
+        f"{options.function}_backward", dhidden, *pre, natural=natural, transposed=transposed,
+        column_sum=has_bias and transposed, hidden=hidden, joined=options.joined,
+        **options.down.quantizer(options.down.recipe.dout_dtype),
+    )  # fmt: skip
+
+
+def _quantize_dpre(
+    options: MlpOptions, dhidden: jax.Array, pre: list[jax.Array], natural: bool
+) -> tuple[list[Any], Any]:
     """Returns the gradients of what the activation was applied to, and the hidden activations for wgrad.
 
-    The gradients are as `quantize_dout` gives them; the hidden activations are None if the second layer is a constant.
+    The gradients are as `quantize_dout` gives them, without the natural ones if these are not wanted; the hidden
+    activations are None if the second layer is a constant.
     """
-    recipe, function = options.down.recipe, f"{options.function}_backward"
-    trained = {layer.rhs_dtype is not None for layer in options.first}
+    recipe, trained = options.down.recipe, _is_trained(options)
     has_bias = any(layer.bias_dtype is not None for layer in options.first)
-    is_fused = recipe.wgrad_dtype == "fp8" and recipe.dout_block_shape[0] == 1
-    if not is_fused or trained == {True, False} or (has_bias and trained == {False}):
-        *gradients, hidden = _apply(options, function, [dhidden, *pre])
+    reads_rows = recipe.wgrad_dtype == "fp8" and recipe.dout_block_shape[0] == 1
+    if not reads_rows or trained == {True, False} or (has_bias and trained == {False}):
+        *gradients, hidden = _apply(options, f"{options.function}_backward", [dhidden, *pre])
         dpre = [quantize_dout(layer, d) for layer, d in zip(options.first, gradients, strict=True)]
         return dpre, _hidden_for_wgrad(options, hidden)
     # One pass writes one format of FP8, and transposes for the hidden activations only where it does for gradients.
     wants_hidden = options.down.rhs_dtype is not None
     has_hidden = wants_hidden and recipe.lhs_dtype == recipe.dout_dtype and trained == {True}
-    results: list[Any] = quantize_function(
-        function, dhidden, *pre, transposed=trained == {True}, column_sum=has_bias, hidden=has_hidden,
-        joined=options.joined, **options.down.quantizer(recipe.dout_dtype),
-    )  # fmt: skip
+    results = _dpre_in_one_pass(options, dhidden, pre, natural, trained == {True}, has_hidden)
     if wants_hidden and not has_hidden:
         keywords = options.down.quantizer(recipe.lhs_dtype)
         results += quantize_function(options.function, *pre, natural=False, joined=options.joined, **keywords)

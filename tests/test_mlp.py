@@ -199,6 +199,29 @@ def test_quantised_weights_are_constants(frozen, bias):
         np.testing.assert_allclose(gradient, expected[name], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind, recipe", [(GATED, MIXED), (JOINED, DEEPSEEK), (PLAIN, DEEPSEEK)])
+def test_low_memory_gives_the_same_bits_in_one_pass_more(kind, recipe):
+    arguments, dout = draw(kind, 20, 130, 128, 40), random(9, 20, 40)
+    in_one = functools.partial(run, recipe=recipe)
+    in_two = functools.partial(run, recipe=recipe, low_memory=True)
+    expected, got = jax.jit(in_one)(arguments, dout), jax.jit(in_two)(arguments, dout)
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+    passes = [str(jax.make_jaxpr(f)(arguments, dout)).count("fp8_quantize[") for f in (in_one, in_two)]
+    assert passes[1] == passes[0] + 1
+    batched = jax.jit(jax.vmap(in_two, (dict.fromkeys(arguments) | {"x": 0}, None)))
+    out, _ = batched({**arguments, "x": arguments["x"][None]}, dout)
+    assert_close(out[0], expected[0], SAME)
+
+
+@pytest.mark.parametrize("frozen", [("w_up",), ("w_up", "w_gate")])
+def test_low_memory_is_no_matter_where_no_one_pass_serves(frozen):
+    arguments, dout = draw(GATED, 20, 130, 70, 40), random(9, 20, 40)
+    constants = {name: jaxgemm.quantize_transposed(arguments[name], SQUARE) for name in frozen}
+    rest = {name: a for name, a in arguments.items() if name not in frozen}
+    got = jax.jit(functools.partial(run, low_memory=True, **constants))(rest, dout)
+    jax.tree.map(np.testing.assert_array_equal, got, jax.jit(functools.partial(run, **constants))(rest, dout))
+
+
 def test_vmap_over_a_weight():
     arguments, dout = draw(GATED, 9, 40, 24, 16, bias=False), random(9, 9, 16)
     many = jnp.stack([arguments["w_gate"], 2 * arguments["w_gate"]])

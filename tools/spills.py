@@ -138,6 +138,12 @@ def quantize_cases() -> dict[str, tuple]:
         options = {"transposed": description.has_hidden, "joined": is_joined, "hidden": description.has_hidden}
         shapes = [rows] * (description.num_inputs - 2 * is_joined) + [joined] * is_joined
         found[f"quantize {function}"] = QuantizeProblem((1, 128), e4m3, function=function, **options), shapes
+        if description.has_hidden:
+            options["natural"] = False
+            found[f"quantize {function}, transposed"] = (
+                QuantizeProblem((1, 128), e4m3, function=function, **options),
+                shapes,
+            )
     return found
 
 

@@ -95,6 +95,7 @@ class Mlp(nn.Module):
         kernel_init: Initialiser of the kernels.
         bias_init: Initialiser of the biases.
         recipe: How operands are quantised.
+        low_memory: Whether the backward pass needs less memory and more time, as in `jaxgemm.fp8_mlp`.
         implementation: None, "mosaic", "triton" or "xla", as in `jaxgemm.fp8_mlp`.
 
     Example:
@@ -115,6 +116,7 @@ class Mlp(nn.Module):
     kernel_init: Callable[..., Any] = nn.linear.default_kernel_init
     bias_init: Callable[..., Any] = nn.initializers.zeros_init()
     recipe: Recipe = DEEPSEEK
+    low_memory: bool = False
     implementation: str | None = None
 
     @nn.compact
@@ -135,6 +137,7 @@ class Mlp(nn.Module):
             bias_gate=gate_bias,
             activation=self.activation,
             recipe=self.recipe,
+            low_memory=self.low_memory,
             implementation=self.implementation,
         )
 

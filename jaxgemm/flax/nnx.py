@@ -157,6 +157,7 @@ class Mlp(nnx.Module):
         param_dtype: Dtype of the parameters.
         rngs: Random keys for the parameters.
         recipe: How operands are quantised.
+        low_memory: Whether the backward pass needs less memory and more time, as in `jaxgemm.fp8_mlp`.
         implementation: None, "mosaic", "triton" or "xla", as in `jaxgemm.fp8_mlp`.
         **linear_keywords: Further arguments of each `Linear`, such as `kernel_init`.
 
@@ -180,6 +181,7 @@ class Mlp(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
         recipe: Recipe = DEEPSEEK,
+        low_memory: bool = False,
         implementation: str | None = None,
         **linear_keywords: Any,
     ):
@@ -193,6 +195,7 @@ class Mlp(nnx.Module):
         self.activation = activation
         self.dtype = dtype
         self.recipe = recipe
+        self.low_memory = low_memory
         self.implementation = implementation
 
     def __call__(self, inputs: Array) -> Array:
@@ -211,6 +214,7 @@ class Mlp(nnx.Module):
             bias_gate=None if gate is None or gate.bias is None else gate.bias[...],
             activation=self.activation,
             recipe=self.recipe,
+            low_memory=self.low_memory,
             implementation=self.implementation,
         )
 

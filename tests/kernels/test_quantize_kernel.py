@@ -171,11 +171,14 @@ def function_inputs(function: str, shape: tuple[int, int], dtype, joined: bool =
         ("silu_gate", jnp.bfloat16, {"joined": True}),
         ("silu_gate_backward", jnp.bfloat16, {"column_sum": True}),
         ("silu_gate_backward", jnp.bfloat16, {"hidden": True, "joined": True, "column_sum": True}),
+        ("silu_gate_backward", jnp.bfloat16, {"hidden": True, "joined": True, "column_sum": True, "natural": False}),
+        ("relu_gate_backward", jnp.bfloat16, {"hidden": True, "natural": False}),
+        ("relu_backward", jnp.bfloat16, {"transposed": False}),
     ],
 )
 def test_function_in_front_equals_quantising_its_results(function, dtype, options):
     """Bit by bit with relu, and but for a sigmoid's last bit otherwise."""
-    problem = QuantizeProblem(ROW_BLOCK, E4M3, transposed=True, function=function, **options)
+    problem = QuantizeProblem(ROW_BLOCK, E4M3, **{"transposed": True, **options}, function=function)
     inputs = function_inputs(function, (140, 256) if problem.joined else (140, 200), dtype, problem.joined)
     actual = iter(run_interpreted(*inputs, problem=problem))
     results = reference.apply_function(problem, *inputs)
