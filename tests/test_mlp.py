@@ -206,8 +206,10 @@ def test_low_memory_gives_the_same_bits_in_one_pass_more(kind, recipe):
     in_two = functools.partial(run, recipe=recipe, low_memory=True)
     expected, got = jax.jit(in_one)(arguments, dout), jax.jit(in_two)(arguments, dout)
     jax.tree.map(np.testing.assert_array_equal, got, expected)
-    passes = [str(jax.make_jaxpr(f)(arguments, dout)).count("fp8_quantize[") for f in (in_one, in_two)]
-    assert passes[1] == passes[0] + 1
+    programs = [str(jax.make_jaxpr(f)(arguments, dout)) for f in (in_one, in_two)]
+    assert programs[1].count("fp8_quantize[") == programs[0].count("fp8_quantize[") + 1
+    barriers = [program.count("optimization_barrier") for program in programs]
+    assert barriers[1] > barriers[0], "XLA may make both copies at once"
     batched = jax.jit(jax.vmap(in_two, (dict.fromkeys(arguments) | {"x": 0}, None)))
     out, _ = batched({**arguments, "x": arguments["x"][None]}, dout)
     assert_close(out[0], expected[0], SAME)
