@@ -30,15 +30,8 @@ from jaxgemm.gemm_config import GemmConfig
 from jaxgemm.kernels import split_k
 from jaxgemm.kernels.finish import Finish
 from jaxgemm.kernels.group_schedule import scales_by_group
-from jaxgemm.kernels.mainloop import (
-    Operand,
-    OperandRefs,
-    compute_tile,
-    drain,
-    keep_block_scales,
-    load_block_scales,
-    load_tile,
-)
+from jaxgemm.kernels.mainloop import compute_tile, drain, load_tile
+from jaxgemm.kernels.operand import Operand, OperandRefs, keep_block_scales, load_block_scales
 from jaxgemm.kernels.plan import Plan, make_plan, scratch_types
 from jaxgemm.kernels.schedule import (
     LOCAL_AXIS,

@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxgemm.gemm_config import GemmConfig, ScalesAreRead, takes_turns, when_scales_are_read
 from jaxgemm.kernels import epilogue, split_k
 from jaxgemm.kernels.group_schedule import KGroupSchedule, RowGroupSchedule, k_table, most_row_tiles, row_table
-from jaxgemm.kernels.mainloop import Operand, operand_buffers
+from jaxgemm.kernels.operand import Operand, operand_buffers
 from jaxgemm.kernels.schedule import LOCAL_AXIS, SHARE_AXIS, DenseSchedule, TileSchedule
 from jaxgemm.kernels.wave import TILE_K, WAVE_ROWS
 from jaxgemm.layout import TMA_ALIGNMENT_BYTES, align_up, cdiv

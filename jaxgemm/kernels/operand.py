@@ -1,0 +1,121 @@
+"""One side of a product: its tile, and its values and scales in global and shared memory."""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxgemm.kernels.wave import OPERAND_TRANSFORMS, TILE_K, load
+from jaxgemm.layout import align_up, cdiv
+
+SCALE_BLOCK_ROWS = 128
+SLAB_ALIGNMENT = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """One side of the product.
+
+    Attributes:
+        tile: rows of it in a tile.
+        scale_per_row: True if scaled by 1x128 blocks, False if by 128x128.
+        num_scale_blocks: rows of the stored 128x128 scales of a group; unused if scale_per_row.
+        k_tiles: k tiles, and columns of the stored 128x128 scales.
+        dtype: FP8.
+        multicast: whether the blocks of a cluster share its loads.
+        num_groups: size of its leading axis; 0 if it has none.
+    """
+
+    tile: int
+    scale_per_row: bool
+    num_scale_blocks: int
+    k_tiles: int
+    dtype: Any
+    multicast: bool = False
+    num_groups: int = 0
+
+    @property
+    def slab(self) -> int:
+        """1x128 scales held in shared memory for one k tile; a TMA copy brings multiples of 128 bytes."""
+        return align_up(self.tile, SLAB_ALIGNMENT)
+
+    @property
+    def blocks_per_tile(self) -> int:
+        """128x128 blocks that a tile can touch along its rows."""
+        furthest_start = SCALE_BLOCK_ROWS - math.gcd(self.tile, SCALE_BLOCK_ROWS)
+        return cdiv(furthest_start + self.tile, SCALE_BLOCK_ROWS)
+
+    @property
+    def scale_row(self) -> int:
+        """128x128 scales that a warpgroup loads at once: those of every k tile, and a few more."""
+        return align_up(self.k_tiles, 128)
+
+    @property
+    def keeps_block_scales(self) -> bool:
+        """Whether 128x128 scales are loaded a row at a time: if there are that many; else one by one, as needed."""
+        stored = max(1, self.num_groups) * self.num_scale_blocks * self.k_tiles
+        return not self.scale_per_row and stored >= self.scale_row
+
+    def scale_block(self, group: Any, block: Any) -> jax.Array:
+        """The row of the stored 128x128 scales for this block of a group's rows; the last one, past its end."""
+        within = lax.min(block, jnp.int32(self.num_scale_blocks - 1))
+        return group * self.num_scale_blocks + within if self.num_groups else within
+
+    @property
+    def num_copies(self) -> int:
+        """TMA copies that bring one k tile of it."""
+        return 1 + self.scale_per_row
+
+
+class OperandRefs(NamedTuple):
+    """References to one operand: stored values and scales in GMEM, and their stages in SMEM."""
+
+    values_gmem: Any
+    scales_gmem: Any
+    values_smem: Any
+    scales_smem: Any
+
+
+def operand_buffers(operand: Operand, stages: int, num_warpgroups: int) -> tuple[Any, Any]:
+    """The shared-memory types of an operand's values and scales.
+
+    1x128 scales come with each k tile; 128x128 scales stay for a tile, each warpgroup with a copy of its own.
+    """
+    values = plgpu.SMEM((stages, operand.tile, TILE_K), operand.dtype, transforms=OPERAND_TRANSFORMS)
+    blocks = (num_warpgroups, operand.blocks_per_tile, operand.scale_row)
+    return values, plgpu.SMEM((stages, operand.slab) if operand.scale_per_row else blocks, jnp.float32)
+
+
+class BlockScales(NamedTuple):
+    """128x128 scales of a tile: for each block that it touches, a row of them, and where k tile 0 lies in it."""
+
+    rows: list[jax.Array]
+    shifts: list[jax.Array]
+
+
+def load_block_scales(side: tuple[Operand, OperandRefs], group: Any, start: jax.Array) -> BlockScales | None:
+    """Begins to load a tile's 128x128 scales into registers; None if there are none to keep."""
+    operand, refs = side
+    if not operand.keeps_block_scales:
+        return None
+    layout = plgpu.Layout.WG_STRIDED((operand.scale_row,), vec_size=1)
+    last = refs.scales_gmem.shape[0] - operand.scale_row
+    rows, shifts = [], []
+    for i in range(operand.blocks_per_tile):
+        block = operand.scale_block(group, lax.div(start, SCALE_BLOCK_ROWS) + i)
+        first = lax.min(block * operand.k_tiles, last)
+        rows.append(load(refs.scales_gmem.at[pl.ds(first, operand.scale_row)], layout=layout))
+        shifts.append(block * operand.k_tiles - first)
+    return BlockScales(rows, shifts)
+
+
+def keep_block_scales(side: tuple[Operand, OperandRefs], scales: BlockScales | None, warpgroup: jax.Array) -> None:
+    """Writes loaded scales to this warpgroup's copy in shared memory; the caller commits them."""
+    if scales is not None:
+        for i, row in enumerate(scales.rows):
+            side[1].scales_smem[warpgroup, i] = row
