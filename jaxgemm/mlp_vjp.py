@@ -183,10 +183,14 @@ def _is_trained(options: MlpOptions) -> set[bool]:
     return {layer.rhs_dtype is not None for layer in options.first}
 
 
+def _scales_rows(options: MlpOptions) -> bool:
+    """Whether gradients are quantised by rows for both products, as the fused pass does."""
+    return options.down.recipe.wgrad_dtype == "fp8" and options.down.recipe.dout_block_shape[0] == 1
+
+
 def _is_fused(options: MlpOptions) -> bool:
     """Whether one pass can write the gradients of gate and up both ways."""
-    recipe = options.down.recipe
-    return recipe.wgrad_dtype == "fp8" and recipe.dout_block_shape[0] == 1 and _is_trained(options) == {True}
+    return _scales_rows(options) and _is_trained(options) == {True}
 
 
 def _dpre_in_one_pass(
@@ -211,8 +215,7 @@ def _quantize_dpre(
     """
     recipe, trained = options.down.recipe, _is_trained(options)
     has_bias = any(layer.bias_dtype is not None for layer in options.first)
-    reads_rows = recipe.wgrad_dtype == "fp8" and recipe.dout_block_shape[0] == 1
-    if not reads_rows or trained == {True, False} or (has_bias and trained == {False}):
+    if not _scales_rows(options) or trained == {True, False} or (has_bias and trained == {False}):
         *gradients, hidden = _apply(options, f"{options.function}_backward", [dhidden, *pre])
         dpre = [quantize_dout(layer, d) for layer, d in zip(options.first, gradients, strict=True)]
         return dpre, _hidden_for_wgrad(options, hidden)

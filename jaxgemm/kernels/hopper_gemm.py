@@ -33,6 +33,7 @@ from jaxgemm.kernels.group_schedule import scales_by_group
 from jaxgemm.kernels.mainloop import compute_tile, drain, load_tile
 from jaxgemm.kernels.operand import Operand, OperandRefs, keep_block_scales, load_block_scales
 from jaxgemm.kernels.plan import Plan, make_plan, scratch_types
+from jaxgemm.kernels.promotion import TileScales
 from jaxgemm.kernels.schedule import (
     LOCAL_AXIS,
     SHARE_AXIS,
@@ -126,7 +127,7 @@ def compute_role(
         barriers = smem["full_barrier"], smem["empty_barrier"]
         rows_counted = None if config.swap_operands or config.warpgroups == 1 else tile.rows_left
         sums, slot = compute_tile(
-            *sides, tile, shifts, warpgroup, plan.num_waves, config.stages, *barriers, slot, multiply,
+            TileScales(*sides, tile, shifts, warpgroup), plan.num_waves, config.stages, *barriers, slot, multiply,
             plan.scales_are_read, rows_counted,
         )  # fmt: skip
         if problem.has_bias:

@@ -82,11 +82,7 @@ def drain(empty_barrier: Any, stages: int, iteration: jax.Array) -> None:
 
 
 def compute_tile(
-    rows: tuple[Operand, OperandRefs],
-    columns: tuple[Operand, OperandRefs],
-    tile: Tile,
-    shifts: list[Any],
-    warpgroup: jax.Array,
+    scales: TileScales,
     num_waves: int,
     stages: int,
     full_barrier: Any,
@@ -102,11 +98,7 @@ def compute_tile(
     report, section 3.3.2).
 
     Args:
-        rows: description and references of the rows operand.
-        columns: of the columns operand.
-        tile: where the tile starts, and its k tiles.
-        shifts: where k tile 0 lies in the kept 128x128 scales of rows and columns; None for 1x128 scales.
-        warpgroup: number of this warpgroup; it computes its share of the tile's rows.
+        scales: reads the scales of the tile; knows its operands, and this warpgroup, which computes its share of rows.
         num_waves: waves of 64 rows it computes.
         stages: stages of the pipeline.
         full_barrier: waited on.
@@ -120,9 +112,9 @@ def compute_tile(
     Returns:
         The float32 sums, one list of column chunks `[64, chunk]` a wave, and the next stage.
     """
-    scales = TileScales(rows, columns, tile, shifts, warpgroup)
+    rows, columns, tile = scales.rows, scales.columns, scales.tile
     chunk = chunk_columns(columns[0])
-    first_row = warpgroup * (num_waves * WAVE_ROWS)
+    first_row = scales.warpgroup * (num_waves * WAVE_ROWS)
     wave_rows = [first_row + wave * WAVE_ROWS for wave in range(num_waves)]
 
     def accumulate_k_tile(step, carry):
