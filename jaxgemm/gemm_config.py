@@ -201,7 +201,7 @@ def when_scales_are_read(problem: GemmProblem, config: GemmConfig) -> ScalesAreR
 
     With 1x128 blocks on both sides each warp reads a scale for every column, and multiplies each element twice. Two
     waves of rows share what they read, so it is read before both. One wave has registers for the products of scales,
-    and makes them while the tensor core works; with turns that is 6 to 27 % faster (H200, 128x128 tiles). Too many
+    and makes them while the tensor core works; with turns that is 2 to 20 % faster (H200, 128x128 tiles). Too many
     scales would crowd out the sums, and are read for each wave when its product is done.
     """
     one_wave = config.warpgroups > 1 and config.num_waves == 1 and config.tile_columns <= MAX_FACTOR_COLUMNS
@@ -214,7 +214,7 @@ def when_scales_are_read(problem: GemmProblem, config: GemmConfig) -> ScalesAreR
 def takes_turns(problem: GemmProblem, config: GemmConfig) -> bool:
     """Whether compute warpgroups take turns at the tensor core, as is faster where the promotion is long.
 
-    Measured on an H200 with 1x128 blocks on both sides: 128x128 (scales read during the product) 13 to 19 % faster
+    Measured on an H200 with 1x128 blocks on both sides: 128x128 (scales read during the product) 14 to 19 % faster
     with turns, 128x160 0 to 20 %, 256x96 5 to 14 %, 256x112 0 to 11 % in bfloat16 and 3 to 6 % slower in float32.
     With 128x128 blocks on one side the promotion is short, and turns cost 2 %.
     """
