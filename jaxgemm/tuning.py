@@ -29,9 +29,29 @@ def candidates(problem: GemmProblem) -> Iterator[GemmConfig]:
         for tile_n in widths_of_high if tile_m > 128 else widths:
             shapes.append(GemmConfig(tile_m, tile_n, 2, warpgroups))
     for shape in shapes:
-        config = with_most_stages(problem, shape, 24 if shape.swap_operands else 8)
+        config = with_most_stages(problem, shape, MOST_STAGES)
         if config is not None:
-            yield config
+            yield dataclasses.replace(config, **_band(problem, config))
+
+
+def _band(problem: GemmProblem, config: GemmConfig) -> dict[str, int | bool]:
+    """How wide the bands are in which the tiles of a dense product are walked, and along which axis.
+
+    An output that is larger than the operands drives them out of the L2 cache. In bands of eight tiles along n, of all
+    rows each, rhs comes from memory once: high tiles are then 1 to 22 % faster (H100, seven shapes). Others were
+    fastest in bands of as many rows as high tiles have in eight, but for outputs that are far larger.
+    """
+    if problem.kind != "dense" or config.swap_operands or all_scales_per_row(problem):
+        return {}
+    out = problem.m * problem.n * problem.out_dtype.itemsize
+    operands = (problem.m + problem.n) * problem.k
+    if config.tile_m > 128:
+        return {"band_along_n": out > operands}
+    return {"band_along_n": True} if out > 10 * operands else {"band": 16}
+
+
+MOST_STAGES = 8
+"""More only keep more of the memory's queues busy: 1x4096x7168 takes 12.4 us with 8 stages, 13.4 with 24 (H100)."""
 
 
 class Extent(NamedTuple):
@@ -64,15 +84,15 @@ def _tile_widths(problem: GemmProblem) -> tuple[tuple[int, ...], tuple[int, ...]
     """Columns of tiles of more than 128 rows, and of others; what was slower in every measurement is left out."""
     narrow = (32, 64, 96, 128)
     if not all_scales_per_row(problem):
-        return (128,), (*narrow, 160, 192)
+        return (128,), (*narrow, 144, 160, 192)
     return (96, 112), (*narrow, 160) if problem.out_dtype.itemsize < 4 else narrow
 
 
-MAC_MICROSECONDS = 2.29e-5
-"""Time of a k tile on one SM for each element of the output tile; H200, tiles from 128x192 to 256x128."""
+MAC_MICROSECONDS = 2.14e-5
+"""Time of a k tile on one SM for each element of the output tile; H100, tiles 192x128 and 128x192."""
 
-TILE_MICROSECONDS = 1.0
-"""Time of a tile outside its main loop; the intercept of the same measurements."""
+TILE_MICROSECONDS = {1: 0.9, 2: 1.3}
+"""Time of a tile outside its main loop, by the waves of a warpgroup; the intercept of the same measurements."""
 
 GROUP_TILE_MICROSECONDS = {1: 2.2, 2: 3.7}
 """The same for groups, by the waves of a warpgroup: contiguous and k-grouped products, H200."""
@@ -86,7 +106,7 @@ SM_BYTES_PER_MICROSECOND = 90e3
 MEMORY_BYTES_PER_MICROSECOND = 3.6e6
 """What weights are read at: device memory, between an H100 and an H200."""
 
-SPLIT_MICROSECONDS = (0.5, 0.01)
+SPLIT_MICROSECONDS = (0.5, 0.008)
 """Time to exchange partial sums in a cluster: of any tile, and for each of its columns."""
 
 
@@ -105,37 +125,50 @@ def predicted_microseconds(problem: GemmProblem, config: GemmConfig, num_sms: in
     k_tiles = cdiv(cdiv(extent.k, SCALE_BLOCK), config.split_k)
     per_row = all_scales_per_row(problem)
     narrow = 1 + max(0, (96 if per_row else 128) - config.tile_columns) / 256
-    few_waves = config.num_waves * config.warpgroups <= 2 and config.tile_columns <= 128
-    shallow = (1.05 if per_row else 1.1) if few_waves and problem.kind != "k_grouped" else 1.0
+    shallow = _shallow(problem, config)
     macs = config.tile_rows * max(config.tile_columns, 16)  # a k tile's, in units of its depth
     chunks = config.tile_columns // math.gcd(config.tile_columns, SCALE_BLOCK)
-    promote = _promotion_of_rows(problem, config) if per_row else 1 + 0.02 * (chunks - 1)
+    promote = _promotion_of_rows(problem, config) if per_row else 1 + 0.01 * (chunks - 1)
     promote *= 1.5 if config.swap_operands and config.tile_columns > 64 else 1.0  # measured at 128 rows, 7168x16384
-    multiply = k_tiles * macs * MAC_MICROSECONDS * narrow * shallow * promote
-    ingest = k_tiles * (config.tile_m + config.tile_n) * SCALE_BLOCK / SM_BYTES_PER_MICROSECOND
-    busy = waves * max(multiply, ingest, k_tiles * _latency(problem, config))
-    memory = extent.products * (extent.m + problem.n) * extent.k / MEMORY_BYTES_PER_MICROSECOND
+    multiply = macs * MAC_MICROSECONDS * narrow * shallow * promote
+    ingest = (config.tile_m + config.tile_n) * SCALE_BLOCK / SM_BYTES_PER_MICROSECOND
+    k_tile = max(multiply, ingest, _latency(problem, config))
     tile = _microseconds_beside_main_loop(problem, config)
+    busy = waves * (k_tiles * k_tile + tile)
+    memory = extent.products * (extent.m + problem.n) * extent.k / MEMORY_BYTES_PER_MICROSECOND
     split = SPLIT_MICROSECONDS[0] + SPLIT_MICROSECONDS[1] * config.tile_columns if config.split_k > 1 else 0.0
-    return max(busy, memory) + waves * tile + split
+    return max(busy, memory + 2 * k_tile + tile) + split  # after the last bytes, the last k tiles are computed
+
+
+def _shallow(problem: GemmProblem, config: GemmConfig) -> float:
+    """Time of a k tile of two waves in all, which read more for each product, beside one of three or four."""
+    if all_scales_per_row(problem):
+        few_waves = config.num_waves * config.warpgroups <= 2
+        return 1.05 if few_waves and config.tile_columns <= 128 and problem.kind != "k_grouped" else 1.0
+    if config.num_waves * config.warpgroups > 2:
+        return 1.03 if config.num_waves > 1 else 1.02
+    return 1.12 if config.tile_columns < 192 else 1.0
 
 
 def _promotion_of_rows(problem: GemmProblem, config: GemmConfig) -> float:
     """Time of a k tile beside one whose promotion is short, if both operands have 1x128 scales.
 
-    Measured on an H200: 256x96 and 256x112 in bfloat16 1.27 to 1.30, 256x112 in float32 1.33, 128x160 1.30, 128x128
-    1.37 (with `shallow`), 192x96 1.49.
+    Measured on an H200, as multiples of a longer time of such a tile there: 256x96 and 256x112 in bfloat16 1.27 to
+    1.30, 256x112 in float32 1.33, 128x160 1.30, 128x128 1.37 (with `_shallow`), 192x96 1.49; on an H100 the same.
     """
     if config.num_waves > 1:
-        return 1.28 if takes_turns(problem, config) else 1.33
-    return 1.3 if config.warpgroups < 3 else 1.5
+        return 1.37 if takes_turns(problem, config) else 1.42
+    return 1.39 if config.warpgroups < 3 else 1.6
 
 
 def _microseconds_beside_main_loop(problem: GemmProblem, config: GemmConfig) -> float:
     """Time of a tile outside its main loop; 1.9 us for 256x112 in float32, which is staged in pieces."""
+    waves = min(config.num_waves, 2)
     if problem.kind != "dense":
-        return GROUP_TILE_MICROSECONDS[min(config.num_waves, 2)]
-    return TILE_MICROSECONDS * (1.9 if config.num_waves > 1 and problem.out_dtype.itemsize == 4 else 1.0)
+        return GROUP_TILE_MICROSECONDS[waves]
+    if all_scales_per_row(problem):
+        return 1.9 if waves > 1 and problem.out_dtype.itemsize == 4 else 1.0
+    return TILE_MICROSECONDS[waves]
 
 
 def _latency(problem: GemmProblem, config: GemmConfig) -> float:

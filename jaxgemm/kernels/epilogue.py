@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -101,51 +101,70 @@ def zero_masked(
     return kept
 
 
-def store_waves(
-    waves: list[list[jax.Array]],
+class Staging(NamedTuple):
+    """Barriers between a compute warpgroup and the warp that stores for it.
+
+    Attributes:
+        full: the warpgroup arrives when it has written to its part of the staging buffer; the warp waits.
+        empty: the warp arrives when that has been read; the warpgroup waits.
+    """
+
+    full: Any
+    empty: Any
+
+
+def stage_waves(waves: list[list[jax.Array]], out_smem: Any, staging: Staging) -> None:
+    """Stages the waves of a warpgroup, each `[64, tile_columns]` of the output, for `store_staged`.
+
+    Args:
+        waves: float32 chunks `[64, chunk]` of each wave.
+        out_smem: this warpgroup's part of the buffer; as many chunks as it holds are staged together.
+        staging: this warpgroup's barriers.
+    """
+    num_chunks, chunk = out_smem.shape[0], out_smem.shape[-1]
+    pieces = [part[:, i : i + chunk] for parts in waves for part in parts for i in range(0, part.shape[1], chunk)]
+    for first in range(0, len(pieces), num_chunks):
+        plgpu.barrier_wait(staging.empty)
+        for index, piece in enumerate(pieces[first : first + num_chunks]):
+            out_smem[index] = piece.astype(out_smem.dtype)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(staging.full)
+
+
+def store_staged(
     out_smem: Any,
     out_gmem: Any,
     rows: list[jax.Array],
     column: jax.Array,
+    columns: int,
     rows_left: list[Any],
+    staging: Staging,
     adds: bool = False,
 ) -> None:
-    """Stores the waves of a warpgroup, each `[64, tile_columns]` of the output; the TMA clips what is past its end.
-
-    NOTE: the store is awaited only before the buffer is written again, so that it overlaps the next tile.
+    """Stores what `stage_waves` stages of a tile, for the warp that does so; the TMA clips what is past the output.
 
     Args:
-        waves: float32 chunks `[64, chunk]` of each wave.
-        out_smem: this warpgroup's part of the buffer; as many chunks as it holds are stored together.
+        out_smem: the warpgroup's part of the buffer.
         out_gmem: the output `[m, n]`.
         rows: first row of the output of each wave.
         column: first column of the output.
+        columns: of the tile.
         rows_left: of each wave, how many rows to store, at most (int32 scalar; may be negative); None for all.
+        staging: the warpgroup's barriers.
         adds: whether to add to what the output holds; each element once, so the result is the same in every run.
     """
     num_chunks, chunk = out_smem.shape[0], out_smem.shape[-1]
-    pieces = [
-        (wave, first + i, part[:, i : i + chunk])
-        for wave, parts in enumerate(waves)
-        for part, first in zip(parts, _starts(parts), strict=True)
-        for i in range(0, part.shape[1], chunk)
-    ]
-    for first in range(0, len(pieces), num_chunks):
-        staged = pieces[first : first + num_chunks]
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        for index, (_, _, piece) in enumerate(staged):
-            out_smem[index] = piece.astype(out_smem.dtype)
-        plgpu.commit_smem()
-        for wave in sorted({wave for wave, _, _ in staged}):
-            places = [(index, start) for index, (of, start, _) in enumerate(staged) if of == wave]
-            store = functools.partial(_store_chunks, out_smem, out_gmem, rows[wave], column, places, adds)
+    places = [(wave, start) for wave in range(len(rows)) for start in range(0, columns, chunk)]
+    for first in range(0, len(places), num_chunks):
+        staged = places[first : first + num_chunks]
+        plgpu.barrier_wait(staging.full)
+        for wave in sorted({wave for wave, _ in staged}):
+            of_wave = [(index, start) for index, (of, start) in enumerate(staged) if of == wave]
+            store = functools.partial(_store_chunks, out_smem, out_gmem, rows[wave], column, of_wave, adds)
             _store_ladder(store, WAVE_ROWS, rows_left[wave])
         plgpu.commit_smem_to_gmem_group()
-
-
-def _starts(parts: list[jax.Array]) -> list[int]:
-    """The first column of each chunk of a wave."""
-    return [sum(part.shape[1] for part in parts[:i]) for i in range(len(parts))]
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.barrier_arrive(staging.empty)
 
 
 def _store_chunks(

@@ -14,6 +14,11 @@ from jaxgemm.kernels.schedule import Tile
 from jaxgemm.kernels.wave import WAVE_ROWS
 
 
+def output_of(plan: Plan, out_gmem: Any, tile: Tile) -> Any:
+    """The output `[m, n]`, of the tile's group if there is one for each."""
+    return out_gmem.at[tile.group] if len(plan.out_shape) == 3 else out_gmem
+
+
 @dataclasses.dataclass(frozen=True)
 class Finish:
     """The end of a tile, for one compute warpgroup.
@@ -23,30 +28,25 @@ class Finish:
         bias_smem: the tile's slice of the bias; None if there is none.
         out_smem: the warpgroup's part of the staging buffer.
         out_gmem: the output.
-        adds: whether to add to what the output holds.
+        staging: the warpgroup's barriers, if a warp stores for it; else None.
     """
 
     plan: Plan
     bias_smem: Any
     out_smem: Any
     out_gmem: Any
-    adds: bool
+    staging: epilogue.Staging | None
 
     def waves(self, sums: list[list[jax.Array]], tile: Tile, first_row: Any) -> None:
         """Stores all waves of a tile, `[64, chunk]` each part; `first_row` is where they start in the tile."""
-        plan, swap = self.plan, self.plan.config.swap_operands
         rows = [first_row + wave * WAVE_ROWS for wave in range(len(sums))]
-        if plan.stores_masked or swap:
+        if self.staging is None:
             for parts, row in zip(sums, rows, strict=True):
                 self.wave(parts, tile, row, 0)
             return
         biases = self._load_bias(sums[0], 0)  # along the columns: the same for every wave
         finished = [self._finish(parts, tile, row, 0, biases) for parts, row in zip(sums, rows, strict=True)]
-        rows_left = [tile.rows_left - row if plan.stores_ragged else None for row in rows]
-        starts = [tile.row_start + row for row in rows]
-        epilogue.store_waves(
-            finished, self.out_smem, self._output(tile), starts, tile.column_start, rows_left, self.adds
-        )
+        epilogue.stage_waves(finished, self.out_smem, self.staging)
 
     def wave(self, parts: list[jax.Array], tile: Tile, row: Any, column: Any) -> None:
         """Stores one wave of a tile that is computed transposed or stored masked; it starts at `row` and `column`."""
@@ -57,11 +57,7 @@ class Finish:
         starts, rows_left = (tile.row_start + row, tile.column_start + column), None
         if plan.stores_ragged:
             rows_left = tile.rows_left - column
-        return epilogue.store_wave_transposed(parts, self.out_smem, self._output(tile), *starts, rows_left)
-
-    def _output(self, tile: Tile) -> Any:
-        """The output `[m, n]`, of the tile's group if there is one for each."""
-        return self.out_gmem.at[tile.group] if len(self.plan.out_shape) == 3 else self.out_gmem
+        return epilogue.store_wave_transposed(parts, self.out_smem, output_of(self.plan, self.out_gmem, tile), *starts, rows_left)
 
     def _load_bias(self, parts: list[jax.Array], row: Any) -> list[jax.Array] | None:
         if not self.plan.problem.has_bias:

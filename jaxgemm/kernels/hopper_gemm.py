@@ -27,8 +27,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxgemm.gemm_config import GemmConfig
-from jaxgemm.kernels import split_k
-from jaxgemm.kernels.finish import Finish
+from jaxgemm.kernels import epilogue, split_k
+from jaxgemm.kernels.finish import Finish, output_of
 from jaxgemm.kernels.group_schedule import scales_by_group
 from jaxgemm.kernels.mainloop import compute_tile, drain, load_tile
 from jaxgemm.kernels.operand import Operand, OperandRefs, keep_block_scales, load_block_scales
@@ -69,7 +69,7 @@ class Sides(NamedTuple):
 
 
 def load_role(plan: Plan, schedule: TileSchedule, sides: Sides, bias_gmem: Any, smem: dict[str, Any]) -> None:
-    """The loading warpgroup: one warp walks the tiles and keeps the stages full."""
+    """The loading warp: walks the tiles and keeps the stages full."""
     has_bias, stages = plan.problem.has_bias, plan.config.stages
 
     def load_one_tile(tile, upcoming, carry):
@@ -92,29 +92,54 @@ def load_role(plan: Plan, schedule: TileSchedule, sides: Sides, bias_gmem: Any, 
         slab = bias_gmem.at[pl.ds(start, plan.bias_slab)]
         plgpu.copy_gmem_to_smem(slab, smem["bias_smem"], smem["bias_full"])
 
-    @plgpu.warp_map
-    def per_warp(warp):
-        @pl.when(warp == 0)
-        def load_tiles():
-            iterations, tiles = for_each_tile(schedule, load_one_tile, (jnp.int32(0), jnp.int32(0)))
-            drain(smem["empty_barrier"], stages, iterations)
-            if has_bias:
+    iterations, tiles = for_each_tile(schedule, load_one_tile, (jnp.int32(0), jnp.int32(0)))
+    drain(smem["empty_barrier"], stages, iterations)
+    if has_bias:
 
-                @pl.when(tiles > 0)
-                def wait_until_used():
-                    plgpu.barrier_wait(smem["bias_empty"])
+        @pl.when(tiles > 0)
+        def wait_until_used():
+            plgpu.barrier_wait(smem["bias_empty"])
+
+
+def store_role(plan: Plan, schedule: TileSchedule, warpgroup: Any, out_gmem: Any, smem: dict[str, Any], adds: bool) -> None:
+    """A storing warp: brings to the output what its compute warpgroup has staged of each tile."""
+    staging = staging_of(plan, warpgroup, smem)
+    first_row = warpgroup * (plan.num_waves * WAVE_ROWS)
+
+    def store_one_tile(tile, upcoming, tiles_before):
+        del upcoming
+        rows = [first_row + wave * WAVE_ROWS for wave in range(plan.num_waves)]
+        rows_left = [tile.rows_left - row if plan.stores_ragged else None for row in rows]
+        starts = [tile.row_start + row for row in rows]
+        out, columns = output_of(plan, out_gmem, tile), plan.columns.tile
+        epilogue.store_staged(
+            smem["out_smem"].at[warpgroup], out, starts, tile.column_start, columns, rows_left, staging, adds
+        )
+        return tiles_before + 1
+
+    plgpu.barrier_arrive(staging.empty)
+    for_each_tile(schedule, store_one_tile, jnp.int32(0))
+    plgpu.wait_smem_to_gmem(0)
+
+
+def staging_of(plan: Plan, warpgroup: Any, smem: dict[str, Any]) -> epilogue.Staging | None:
+    """The barriers between a compute warpgroup and the warp that stores for it; None if it stores by itself."""
+    if not plan.stores_by_warp:
+        return None
+    return epilogue.Staging(smem["staged_full"].at[warpgroup], smem["staged_empty"].at[warpgroup])
 
 
 def compute_role(
-    plan: Plan, schedule: TileSchedule, sides: Sides, out_gmem: Any, smem: dict[str, Any], adds: bool, interpret: Any
+    plan: Plan, schedule: TileSchedule, sides: Sides, out_gmem: Any, smem: dict[str, Any], interpret: Any
 ) -> None:
-    """A compute warpgroup: sums its rows of each tile, then stores them, or adds them to what is there."""
+    """A compute warpgroup: sums its rows of each tile, then stages them, or stores them by itself."""
     multiply = functools.partial(multiply_wave_portable if interpret else multiply_wave, num_warpgroups=plan.num_turns)
     sync = plgpu.commit_smem if interpret else sync_warpgroup
     problem, config = plan.problem, plan.config
     warpgroup = lax.axis_index("warpgroup")
     first_row = warpgroup * (plan.num_waves * WAVE_ROWS)
-    finish = Finish(plan, smem.get("bias_smem"), smem["out_smem"].at[warpgroup], out_gmem, adds)
+    staging = staging_of(plan, warpgroup, smem)
+    finish = Finish(plan, smem.get("bias_smem"), smem["out_smem"].at[warpgroup], out_gmem, staging)
 
     def compute_one_tile(tile, upcoming, carry):
         slot, block_scales = carry
@@ -128,7 +153,7 @@ def compute_role(
         rows_counted = None if config.swap_operands or config.warpgroups == 1 else tile.rows_left
         sums, slot = compute_tile(
             TileScales(*sides, tile, shifts, warpgroup), plan.num_waves, config.stages, *barriers, slot, multiply,
-            plan.scales_are_read, rows_counted,
+            plan.scales_are_read, plan.waits_ahead, rows_counted,
         )  # fmt: skip
         if problem.has_bias:
             plgpu.barrier_wait(smem["bias_full"])
@@ -158,7 +183,10 @@ def compute_role(
 
     first = first_tile(schedule)
     for_each_tile(schedule, compute_one_tile, (jnp.int32(0), load_scales(first)))
-    plgpu.wait_smem_to_gmem(0)
+    if staging is None:
+        plgpu.wait_smem_to_gmem(0)
+    else:
+        plgpu.barrier_wait(staging.empty)
 
 
 @contextlib.contextmanager
@@ -185,13 +213,20 @@ def _kernel(plan: Plan, adds: bool, interpret: Any, *refs: Any, **smem: Any) -> 
     @pl.when(warpgroup == config.warpgroups)
     def load():
         plgpu.set_max_registers(load_registers, action="decrease")
-        load_role(plan, schedule, sides, refs[4] if problem.has_bias else None, smem)
+        bias_gmem = refs[4] if problem.has_bias else None
+
+        @plgpu.warp_map
+        def per_warp(warp):
+            pl.when(warp == 0)(lambda: load_role(plan, schedule, sides, bias_gmem, smem))
+            if plan.stores_by_warp:
+                is_storing = (warp > 0) & (warp <= config.warpgroups)
+                pl.when(is_storing)(lambda: store_role(plan, schedule, warp - 1, refs[-1], smem, adds))
 
     @pl.when(warpgroup < config.warpgroups)
     def compute():
         plgpu.set_max_registers(compute_registers, action="increase")
         with turns(warpgroup, plan.num_turns, interpret):
-            compute_role(plan, schedule, sides, refs[-1], smem, adds, interpret)
+            compute_role(plan, schedule, sides, refs[-1], smem, interpret)
 
 
 def kernel_name(problem: GemmProblem) -> str:

@@ -3,6 +3,7 @@
 A tile is computed from a *rows* operand (the M side of wgmma) and a *columns* operand (its N side), both K-major.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -90,6 +91,7 @@ def compute_tile(
     slot: jax.Array,
     multiply_wave: Callable[..., tuple[jax.Array, jax.Array | None]],
     scales_are_read: ScalesAreRead,
+    waits_ahead: bool,
     rows_counted: jax.Array | None = None,
 ) -> tuple[list[list[jax.Array]], jax.Array]:
     """A compute warpgroup's part of a tile: multiplies each k tile, scales the partial and adds it in float32.
@@ -106,6 +108,7 @@ def compute_tile(
         slot: the next stage.
         multiply_wave: see `jaxgemm.kernels.wave`.
         scales_are_read: when, beside a wave's product.
+        waits_ahead: whether it asks for the next k tile while it promotes this one; else when it needs it.
         rows_counted: rows of the tile that count; None if all do. A warpgroup with none of them only passes over the
             stages, and leaves the tensor core to the others; its sums are zeros.
 
@@ -117,10 +120,11 @@ def compute_tile(
     first_row = scales.warpgroup * (num_waves * WAVE_ROWS)
     wave_rows = [first_row + wave * WAVE_ROWS for wave in range(num_waves)]
 
-    def accumulate_k_tile(step, carry):
+    def accumulate_k_tile(step, carry, waits_after=False):
         slot, sums, recycled = carry
         place = scales.of_k_tile(step, slot)
-        plgpu.barrier_wait(full_barrier.at[slot])
+        if not waits_ahead:
+            plgpu.barrier_wait(full_barrier.at[slot])
         if scales_are_read == "before":
             row_scales, column_scales = [scales.of_rows(place, row) for row in wave_rows], scales.of_columns(place)
         new_sums = []
@@ -143,7 +147,10 @@ def compute_tile(
             new_sums.append(promote(recycled, sums[wave], *of_wave))
         if scales_are_read != "before":
             plgpu.barrier_arrive(empty_barrier.at[slot])
-        return next_slot(slot, stages), new_sums, recycled
+        slot = next_slot(slot, stages)
+        if waits_after:
+            plgpu.barrier_wait(full_barrier.at[slot])
+        return slot, new_sums, recycled
 
     def zero(width):
         return plgpu.layout_cast(jnp.zeros((WAVE_ROWS, width), jnp.float32), ACCUMULATOR_LAYOUT)
@@ -152,7 +159,15 @@ def compute_tile(
     k_tiles = tile.k.num_tiles
     if rows_counted is not None:  # a group may end before this warpgroup's rows
         k_tiles = lax.select(first_row < rows_counted, k_tiles, jnp.int32(0))
-    slot, sums, _ = lax.fori_loop(0, k_tiles, accumulate_k_tile, (slot, sums, zero(columns[0].tile)))
+    carry, first_k_tile = (slot, sums, zero(columns[0].tile)), jnp.int32(0)
+    if waits_ahead:
+        # NOTE: the last k tile is apart, since after it there may be none, and a wait for the next tile's first would
+        # hold up the end of this one.
+        pl.when(k_tiles > 0)(lambda: plgpu.barrier_wait(full_barrier.at[slot]))
+        last = lax.max(jnp.int32(k_tiles) - 1, 0)
+        carry = lax.fori_loop(0, last, functools.partial(accumulate_k_tile, waits_after=True), carry)
+        first_k_tile = last
+    slot, sums, _ = lax.fori_loop(first_k_tile, k_tiles, accumulate_k_tile, carry)
     if rows_counted is not None:
         slot = pass_over(tile.k.num_tiles - k_tiles, stages, full_barrier, empty_barrier, slot)
     return sums, slot

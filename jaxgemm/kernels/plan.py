@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jaxgemm import gemm_config
 from jaxgemm.gemm_config import GemmConfig, ScalesAreRead, takes_turns, when_scales_are_read
 from jaxgemm.kernels import epilogue, split_k
 from jaxgemm.kernels.group_schedule import KGroupSchedule, RowGroupSchedule, k_table, most_row_tiles, row_table
@@ -58,13 +59,17 @@ class Plan:
         return when_scales_are_read(self.problem, self.config)
 
     @property
+    def waits_ahead(self) -> bool:
+        return gemm_config.waits_ahead(self.problem)
+
+    @property
     def k_tiles(self) -> int:
         return cdiv(self.problem.k, TILE_K)
 
     @property
     def stores_masked(self) -> bool:
         """Whether the output is stored element by element, since TMA cannot address its rows."""
-        return self.config.masked_store and self.problem.n * self.problem.out_dtype.itemsize % 16 != 0
+        return gemm_config.stores_masked(self.problem, self.config)
 
     @property
     def padded_n(self) -> int:
@@ -86,6 +91,11 @@ class Plan:
     def stores_ragged(self) -> bool:
         """Whether rows past the end of a tile's group belong to another tile, and so must not be stored."""
         return self.problem.kind == "grouped"
+
+    @property
+    def stores_by_warp(self) -> bool:
+        """Whether a warp stores what a compute warpgroup has staged, while that goes on with its next tile."""
+        return gemm_config.stores_by_warp(self.problem, self.config)
 
     @property
     def adds(self) -> bool:
@@ -155,6 +165,9 @@ def scratch_types(plan: Plan, bias_dtype: Any) -> dict[str, Any]:
         empty_barrier=_empty_barrier(plan),
         out_smem=epilogue.output_buffer(problem, config, plan.output_columns),
     )
+    if plan.stores_by_warp:
+        types["staged_full"] = plgpu.Barrier(num_barriers=config.warpgroups)
+        types["staged_empty"] = plgpu.Barrier(num_barriers=config.warpgroups)
     if problem.has_bias:
         types["bias_smem"] = plgpu.SMEM((plan.bias_slab,), bias_dtype)
         types["bias_full"] = plgpu.Barrier()

@@ -176,7 +176,7 @@ def _issue(registers, rows_descriptor, columns_descriptor, tile: int, names: tup
             result_type, [*registers, *operands, keep], text, constraints, asm_dialect=0, has_side_effects=True
         )
         registers = [llvm.extractvalue(f32, result, [i]) for i in range(count)]
-        if step + 1 in (TURN_AFTER, TILE_K // INSTRUCTION_K):
+        if step + 1 == TILE_K // INSTRUCTION_K or (turn is not None and step + 1 == TURN_AFTER):
             nvvm.wgmma_commit_group_sync_aligned()
     return registers
 
