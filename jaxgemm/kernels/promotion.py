@@ -4,6 +4,7 @@ Either operand may be scaled by 1x128 blocks (one scale a row and k tile) or by 
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -44,20 +45,17 @@ class TileScales:
         return ScalePlace(slot, self.warpgroup, self.tile.k.first + step, self.tile.group)
 
     def of_rows(self, place: "ScalePlace", row: jax.Array) -> jax.Array:
-        """Those of a wave that starts at this row of the tile: a vector, or one number."""
-        if self.rows[0].scale_per_row:
-            return _row_scales(self.rows, place, row, WAVE_ROWS, axis=0)
-        start = self.tile.row_start
-        return _of_block(_block_scales(self.rows, place, self.shifts[0], start), self.rows[0].tile, start, row)
+        """Those of a wave that starts at this row of the tile."""
+        return _load_scales(self.rows, place, self.shifts[0], self.tile.row_start, row, WAVE_ROWS, axis=0)
 
     def of_columns(self, place: "ScalePlace") -> list[jax.Array]:
-        """Those of the tile's columns, chunk by chunk: vectors, or numbers."""
-        operand, start = self.columns[0], self.tile.column_start
-        if operand.scale_per_row:
-            return [_row_scales(self.columns, place, 0, operand.tile, axis=1)]
-        scales = _block_scales(self.columns, place, self.shifts[1], start)
-        columns = range(0, operand.tile, chunk_columns(operand))
-        return [_of_block(scales, operand.tile, start, column) for column in columns]
+        """Those of the tile's columns, chunk by chunk."""
+        operand = self.columns[0]
+        chunk = chunk_columns(operand)
+        load_chunk = functools.partial(
+            _load_scales, self.columns, place, self.shifts[1], self.tile.column_start, length=chunk, axis=1
+        )
+        return [load_chunk(offset=column) for column in range(0, operand.tile, chunk)]
 
 
 class ScalePlace(NamedTuple):
@@ -69,36 +67,21 @@ class ScalePlace(NamedTuple):
     group: jax.Array | None
 
 
-def _row_scales(side: tuple[Operand, OperandRefs], place: ScalePlace, offset: Any, length: int, axis: int) -> jax.Array:
-    """The 1x128 scales of `length` rows of an operand from `offset` of its tile on."""
-    layout = ACCUMULATOR_LAYOUT.reduce(1 - axis)
-    return load(side[1].scales_smem.at[place.slot, pl.ds(offset, length)], layout=layout)
-
-
-def _block_scales(side: tuple[Operand, OperandRefs], place: ScalePlace, shifts: Any, start: Any) -> list[jax.Array]:
-    """The 128x128 scales of an operand whose tile starts there: of each block that the tile touches."""
+def _load_scales(side: tuple[Operand, OperandRefs], place: ScalePlace, shifts, tile_start, offset, length, axis: int):
+    """The scales of `length` rows of an operand from `offset` of its tile on: a vector, or one number."""
     operand, refs = side
-    blocks = range(operand.blocks_per_tile)
-    if operand.keeps_block_scales:
-        return [refs.scales_smem[place.warpgroup, i, shifts[i] + place.k_index] for i in blocks]
-    first = lax.div(start, SCALE_BLOCK_ROWS)
-    rows = [operand.scale_block(place.group, first + i) for i in blocks]
-    return [refs.scales_gmem[row * operand.k_tiles + place.k_index] for row in rows]
-
-
-def _of_block(scales: list[jax.Array], tile: int, start: Any, offset: Any) -> jax.Array:
-    """Which of these scales is that of the row at this offset of a tile.
-
-    NOTE: one is chosen of those at hand, and not the right one loaded: a tile of 144 columns has nine chunks of columns
-    but touches two blocks, and what distinguishes the chunks is the same for every k tile.
-    """
-    if tile % SCALE_BLOCK_ROWS == 0 and isinstance(offset, int):
-        return scales[offset // SCALE_BLOCK_ROWS]
-    block = lax.div(start + offset, SCALE_BLOCK_ROWS) - lax.div(start, SCALE_BLOCK_ROWS)
-    scale = scales[0]
-    for i in range(1, len(scales)):
-        scale = lax.select(block == i, scales[i], scale)
-    return scale
+    if operand.scale_per_row:
+        layout = ACCUMULATOR_LAYOUT.reduce(1 - axis)
+        return load(refs.scales_smem.at[place.slot, pl.ds(offset, length)], layout=layout)
+    first_block, block = (lax.div(row, SCALE_BLOCK_ROWS) for row in (tile_start, tile_start + offset))
+    if not operand.keeps_block_scales:
+        return refs.scales_gmem[operand.scale_block(place.group, block) * operand.k_tiles + place.k_index]
+    if operand.blocks_per_tile == 1:
+        return refs.scales_smem[place.warpgroup, 0, shifts[0] + place.k_index]
+    shift = shifts[0]
+    for i in range(1, len(shifts)):
+        shift = lax.select(block - first_block == i, shifts[i], shift)
+    return refs.scales_smem[place.warpgroup, block - first_block, shift + place.k_index]
 
 
 def promote(
