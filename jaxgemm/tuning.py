@@ -89,10 +89,13 @@ def _tile_widths(problem: GemmProblem) -> tuple[tuple[int, ...], tuple[int, ...]
 
 
 MAC_MICROSECONDS = 2.14e-5
-"""Time of a k tile on one SM for each element of the output tile; H100, tiles 192x128 and 128x192."""
+"""Time of a k tile on one SM for each element of the output tile; H100, dense, tiles 192x128 and 128x192."""
 
 TILE_MICROSECONDS = {1: 0.9, 2: 1.3}
 """Time of a tile outside its main loop, by the waves of a warpgroup; the intercept of the same measurements."""
+
+OLDER_MAC_MICROSECONDS = 2.29e-5
+"""The same of an earlier main loop on an H200, by which groups and 1x128 blocks on both sides were measured."""
 
 GROUP_TILE_MICROSECONDS = {1: 2.2, 2: 3.7}
 """The same for groups, by the waves of a warpgroup: contiguous and k-grouped products, H200."""
@@ -128,37 +131,40 @@ def predicted_microseconds(problem: GemmProblem, config: GemmConfig, num_sms: in
     shallow = _shallow(problem, config)
     macs = config.tile_rows * max(config.tile_columns, 16)  # a k tile's, in units of its depth
     chunks = config.tile_columns // math.gcd(config.tile_columns, SCALE_BLOCK)
-    promote = _promotion_of_rows(problem, config) if per_row else 1 + 0.01 * (chunks - 1)
+    anew = problem.kind == "dense" and not per_row  # measured with today's main loop
+    promote = _promotion_of_rows(problem, config) if per_row else 1 + (0.01 if anew else 0.02) * (chunks - 1)
     promote *= 1.5 if config.swap_operands and config.tile_columns > 64 else 1.0  # measured at 128 rows, 7168x16384
-    multiply = macs * MAC_MICROSECONDS * narrow * shallow * promote
+    multiply = macs * (MAC_MICROSECONDS if anew else OLDER_MAC_MICROSECONDS) * narrow * shallow * promote
     ingest = (config.tile_m + config.tile_n) * SCALE_BLOCK / SM_BYTES_PER_MICROSECOND
     k_tile = max(multiply, ingest, _latency(problem, config))
     tile = _microseconds_beside_main_loop(problem, config)
-    busy = waves * (k_tiles * k_tile + tile)
     memory = extent.products * (extent.m + problem.n) * extent.k / MEMORY_BYTES_PER_MICROSECOND
+    if problem.kind != "dense":
+        return max(waves * k_tiles * k_tile, memory) + waves * tile
     split = SPLIT_MICROSECONDS[0] + SPLIT_MICROSECONDS[1] * config.tile_columns if config.split_k > 1 else 0.0
-    return max(busy, memory + 2 * k_tile + tile) + split  # after the last bytes, the last k tiles are computed
+    after_last_bytes = 2 * k_tile + tile
+    return max(waves * (k_tiles * k_tile + tile), memory + after_last_bytes) + split
 
 
 def _shallow(problem: GemmProblem, config: GemmConfig) -> float:
     """Time of a k tile of two waves in all, which read more for each product, beside one of three or four."""
+    few_waves = config.num_waves * config.warpgroups <= 2
     if all_scales_per_row(problem):
-        few_waves = config.num_waves * config.warpgroups <= 2
         return 1.05 if few_waves and config.tile_columns <= 128 and problem.kind != "k_grouped" else 1.0
-    if config.num_waves * config.warpgroups > 2:
-        return 1.03 if config.num_waves > 1 else 1.02
-    return 1.12 if config.tile_columns < 192 else 1.0
+    if problem.kind != "dense":
+        return 1.1 if few_waves and config.tile_columns <= 128 else 1.0
+    return 1.03 if not few_waves else 1.12 if config.tile_columns < 192 else 1.0
 
 
 def _promotion_of_rows(problem: GemmProblem, config: GemmConfig) -> float:
     """Time of a k tile beside one whose promotion is short, if both operands have 1x128 scales.
 
-    Measured on an H200, as multiples of a longer time of such a tile there: 256x96 and 256x112 in bfloat16 1.27 to
-    1.30, 256x112 in float32 1.33, 128x160 1.30, 128x128 1.37 (with `_shallow`), 192x96 1.49; on an H100 the same.
+    Measured on an H200: 256x96 and 256x112 in bfloat16 1.27 to 1.30, 256x112 in float32 1.33, 128x160 1.30, 128x128
+    1.37 (with `_shallow`), 192x96 1.49.
     """
     if config.num_waves > 1:
-        return 1.37 if takes_turns(problem, config) else 1.42
-    return 1.39 if config.warpgroups < 3 else 1.6
+        return 1.28 if takes_turns(problem, config) else 1.33
+    return 1.3 if config.warpgroups < 3 else 1.5
 
 
 def _microseconds_beside_main_loop(problem: GemmProblem, config: GemmConfig) -> float:
