@@ -28,7 +28,7 @@ from kernel_support import (
 from jaxgemm.gemm_config import SHARED_MEMORY_BYTES, GemmConfig, shared_memory_bytes, why_invalid
 from jaxgemm.kernels import split_k
 from jaxgemm.kernels.hopper_gemm import hopper_gemm
-from jaxgemm.kernels.plan import make_plan
+from jaxgemm.kernels.plan import make_plan, scratch_types
 from jaxgemm.problem import GemmProblem
 from jaxgemm.tuning import choose_config
 
@@ -77,6 +77,11 @@ CASES = {
     "kept block scales": (problem(8, 300, 5504, out=F32), GemmConfig(64, 192, 2, 1)),
     "kept block scales, one a tile": (problem(8, 300, 5504, out=F32), GemmConfig(64, 128, 2, 1)),
     "more stages than k tiles": (problem(70, 70, 200), GemmConfig(64, 64, 6, 1)),
+    "nine chunks of columns": (problem(130, 300, 200), GemmConfig(128, 144, 2)),
+    "high tiles in turn": (problem(520, 200, 300, bias=True), GemmConfig(256, 128, 2)),
+    "three warpgroups in turn": (problem(400, 260, 300, out=F32), GemmConfig(192, 128, 2, 3)),
+    "one k tile, tiles in turn": (problem(140, 260, 100), GemmConfig(128, 128, 2)),
+    "staged in two goes, tiles in turn": (problem(300, 230, 200, rhs=ROW, out=F32), GemmConfig(256, 112, 2)),
     "tiles in turn": (problem(140, 260, 200, bias=True), GemmConfig(64, 64, 2, 1, band=2, band_along_n=True)),
 }
 
@@ -85,6 +90,15 @@ def test_cases_keep_block_scales_as_their_names_say():
     kept = [make_plan(*case, 2).rhs for name, case in CASES.items() if name.startswith("kept")]
     assert all(operand.keeps_block_scales for operand in kept)
     assert {operand.blocks_per_tile for operand in kept} == {1, 2}
+
+
+def test_cases_run_as_their_names_say():
+    plans = {name: make_plan(*case, 2) for name, case in CASES.items()}
+    in_turn = [plan for name, plan in plans.items() if name.endswith("in turn")]
+    assert len(in_turn) == 5 and all(plan.schedule().num_tiles > 2 for plan in in_turn)  # for two blocks
+    staged = plans["staged in two goes, tiles in turn"]
+    _, chunks, _, columns = scratch_types(staged, None)["out_smem"].shape
+    assert chunks * columns < staged.num_waves * staged.columns.tile <= 2 * chunks * columns
 
 
 @interpreted
