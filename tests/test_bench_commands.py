@@ -55,7 +55,7 @@ def test_without_a_gpu_it_says_so_in_one_line():
         (["train", "--width", "30", "--heads", "4"], "--width must be a multiple of --heads"),
         (["gemm", "--vs", "xla-bf16,other"], "got other"),
         (["gemm", "--m", "1", "--n", "1", "--k", "1", "--compare", "nowhere.json"], "holds no report"),
-        (["readme", "--file", str(ROOT / "README.md"), "--results", "nowhere"], "gemm-h200.json holds no report"),
+        (["readme", "--file", str(ROOT / "README.md"), "--results", "nowhere"], "gemm-h100.json holds no report"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, message, capsys):
