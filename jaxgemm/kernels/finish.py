@@ -57,7 +57,9 @@ class Finish:
         starts, rows_left = (tile.row_start + row, tile.column_start + column), None
         if plan.stores_ragged:
             rows_left = tile.rows_left - column
-        return epilogue.store_wave_transposed(parts, self.out_smem, output_of(self.plan, self.out_gmem, tile), *starts, rows_left)
+        return epilogue.store_wave_transposed(
+            parts, self.out_smem, output_of(self.plan, self.out_gmem, tile), *starts, rows_left
+        )
 
     def _load_bias(self, parts: list[jax.Array], row: Any) -> list[jax.Array] | None:
         if not self.plan.problem.has_bias:

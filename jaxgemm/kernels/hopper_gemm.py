@@ -1,17 +1,22 @@
 """FP8 matrix products for Hopper (sm_90a): `out = act(sum_k lhs_scale * rhs_scale * (lhs @ rhs.T) + bias)`.
 
-Warpgroups of a block, over time (two compute warpgroups):
+Warps of a block, over time (two compute warpgroups; of the last warpgroup, one warp loads and two store):
 
     load      | k0 | k1 | k2 | k3 | ...            | next tile's k0 | ...
-    compute 0 |    | mma k0 | promote | mma k1 ...  | bias, act, store | mma k0 ...
-    compute 1 |    |  ...   | mma k0  | promote ... | bias, act, store | ...
+    compute 0 |    | mma k0 | promote | mma k1 ...  | bias, act, stage | mma k0 ...
+    compute 1 |    |  ...   | mma k0  | promote ... | bias, act, stage | ...
+    store 0   |                                                        | to the output | ...
+    store 1   |                                                        | to the output | ...
 
 Products of all kinds differ in their schedule alone: `schedule.py`, `group_schedule.py`.
 
-Shared memory: `stages` x (rows tile, columns tile, scales of both), the bias of a tile, one output wave a warpgroup.
+Shared memory: `stages` x (rows tile, columns tile, 1x128 scales of both), kept 128x128 scales, the bias of a tile, and
+what each compute warpgroup stages of the output.
 
 Barriers: `full[stage]`: TMA copies arrive, compute warpgroups wait. `empty[stage]`: compute warpgroups arrive, the
-loading warp waits. `bias_full`, `bias_empty`: the same for the bias of a tile.
+loading warp waits. `bias_full`, `bias_empty`: the same for the bias of a tile. `staged_full[warpgroup]`: a compute
+warpgroup arrives when it has staged, its storing warp waits. `staged_empty[warpgroup]`: the reverse, when the staged
+part may be written again. Tiles that are computed transposed, or stored element by element, have no storing warps.
 """
 
 import contextlib
@@ -101,12 +106,14 @@ def load_role(plan: Plan, schedule: TileSchedule, sides: Sides, bias_gmem: Any, 
             plgpu.barrier_wait(smem["bias_empty"])
 
 
-def store_role(plan: Plan, schedule: TileSchedule, warpgroup: Any, out_gmem: Any, smem: dict[str, Any], adds: bool) -> None:
+def store_role(
+    plan: Plan, schedule: TileSchedule, warpgroup: Any, out_gmem: Any, smem: dict[str, Any], adds: bool
+) -> None:
     """A storing warp: brings to the output what its compute warpgroup has staged of each tile."""
     staging = staging_of(plan, warpgroup, smem)
     first_row = warpgroup * (plan.num_waves * WAVE_ROWS)
 
-    def store_one_tile(tile, upcoming, tiles_before):
+    def store_one_tile(tile, upcoming, carry):
         del upcoming
         rows = [first_row + wave * WAVE_ROWS for wave in range(plan.num_waves)]
         rows_left = [tile.rows_left - row if plan.stores_ragged else None for row in rows]
@@ -115,10 +122,10 @@ def store_role(plan: Plan, schedule: TileSchedule, warpgroup: Any, out_gmem: Any
         epilogue.store_staged(
             smem["out_smem"].at[warpgroup], out, starts, tile.column_start, columns, rows_left, staging, adds
         )
-        return tiles_before + 1
+        return carry
 
     plgpu.barrier_arrive(staging.empty)
-    for_each_tile(schedule, store_one_tile, jnp.int32(0))
+    for_each_tile(schedule, store_one_tile, None)
     plgpu.wait_smem_to_gmem(0)
 
 
