@@ -67,24 +67,25 @@ def cases() -> dict[str, tuple]:
 
     row, square = (1, 128), (128, 128)
     e4m3, bf16, f32 = (np.dtype(d) for d in (jnp.float8_e4m3fn, jnp.bfloat16, jnp.float32))
-    shapes = [(*dims, row, rhs) for dims in TYPICAL for rhs in (square, row)]
-    measured = [key for table in shipped_tables() for key in table.rows if key.kind == "dense"]
-    shapes += [(key.m, key.n, key.k, (key.lhs_block_rows, 128), (key.rhs_block_rows, 128)) for key in measured]
+    shapes = [(*dims, row, rhs, f32 if rhs == row else bf16, None) for dims in TYPICAL for rhs in (square, row)]
+    for table in shipped_tables():
+        for key in table.rows:
+            if key.kind == "dense":
+                blocks = [(rows, 128) for rows in (key.lhs_block_rows, key.rhs_block_rows)]
+                out = {2: bf16, 4: f32}[key.out_bytes]
+                shapes.append((key.m, key.n, key.k, *blocks, out, table.device))
     found, seen = {}, set()
-    for m, n, k, lhs_block, rhs_block in shapes:
-        out = f32 if rhs_block == row else bf16
+    for m, n, k, lhs_block, rhs_block, out, device in shapes:
         for bias, activation in ((False, None), (True, "gelu")):
             problem = GemmProblem(
                 "dense", m, n, k, e4m3, e4m3, lhs_block, rhs_block, out, has_bias=bias, activation=activation
             )
-            config = shipped_choice(problem, 132, None).config
-            kernel = (config, lhs_block, rhs_block, bias)
+            config = shipped_choice(problem, 132, device).config
+            kernel = (config, lhs_block, rhs_block, out, bias)
             if kernel not in seen:
                 seen.add(kernel)
-                found[f"{m}x{n}x{k} {'wgrad' if rhs_block == row else 'fprop'}{' bias' if bias else ''}"] = (
-                    problem,
-                    config,
-                )
+                name = f"{m}x{n}x{k} {'wgrad' if rhs_block == row else 'fprop'}{' bias' if bias else ''}"
+                found[f"{name} {config.tile_m}x{config.tile_n}"] = problem, config
     for kind, m, n, k, groups, expected_m in GROUPS:
         wgrad = kind in ("k_grouped", "k_masked")
         for fill, has_bias in (("zero", not wgrad),) if kind != "masked" else (("zero", True), ("unspecified", False)):
@@ -209,7 +210,7 @@ def report(name: str, folder: pathlib.Path, multiplies: bool = True) -> bool:
     verdict = "FAILED: " + "; ".join(problems) if problems else "ok"
     used = registers.group(1) if registers else "?"
     loop = f", loop of {mix.total()}: {counts}" if multiplies else ""
-    print(f"{name:38} {used:>4} registers{loop}: {verdict}")
+    print(f"{name:46} {used:>4} registers{loop}: {verdict}")
     return not problems
 
 
