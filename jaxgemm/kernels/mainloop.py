@@ -3,7 +3,6 @@
 A tile is computed from a *rows* operand (the M side of wgmma) and a *columns* operand (its N side), both K-major.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -120,11 +119,9 @@ def compute_tile(
     first_row = scales.warpgroup * (num_waves * WAVE_ROWS)
     wave_rows = [first_row + wave * WAVE_ROWS for wave in range(num_waves)]
 
-    def accumulate_k_tile(step, carry, waits_after=False):
+    def accumulate_k_tile(step, carry):
         slot, sums, recycled = carry
         place = scales.of_k_tile(step, slot)
-        if not waits_ahead:
-            plgpu.barrier_wait(full_barrier.at[slot])
         if scales_are_read == "before":
             row_scales, column_scales = [scales.of_rows(place, row) for row in wave_rows], scales.of_columns(place)
         new_sums = []
@@ -147,10 +144,7 @@ def compute_tile(
             new_sums.append(promote(recycled, sums[wave], *of_wave))
         if scales_are_read != "before":
             plgpu.barrier_arrive(empty_barrier.at[slot])
-        slot = next_slot(slot, stages)
-        if waits_after:
-            plgpu.barrier_wait(full_barrier.at[slot])
-        return slot, new_sums, recycled
+        return next_slot(slot, stages), new_sums, recycled
 
     def zero(width):
         return plgpu.layout_cast(jnp.zeros((WAVE_ROWS, width), jnp.float32), ACCUMULATOR_LAYOUT)
@@ -159,18 +153,40 @@ def compute_tile(
     k_tiles = tile.k.num_tiles
     if rows_counted is not None:  # a group may end before this warpgroup's rows
         k_tiles = lax.select(first_row < rows_counted, k_tiles, jnp.int32(0))
-    carry, first_k_tile = (slot, sums, zero(columns[0].tile)), jnp.int32(0)
-    if waits_ahead:
-        # NOTE: the last k tile is apart, since after it there may be none, and a wait for the next tile's first would
-        # hold up the end of this one.
-        pl.when(k_tiles > 0)(lambda: plgpu.barrier_wait(full_barrier.at[slot]))
-        last = lax.max(jnp.int32(k_tiles) - 1, 0)
-        carry = lax.fori_loop(0, last, functools.partial(accumulate_k_tile, waits_after=True), carry)
-        first_k_tile = last
-    slot, sums, _ = lax.fori_loop(first_k_tile, k_tiles, accumulate_k_tile, carry)
+    carry = slot, sums, zero(columns[0].tile)
+    slot, sums, _ = for_each_k_tile(accumulate_k_tile, k_tiles, full_barrier, carry, waits_ahead)
     if rows_counted is not None:
         slot = pass_over(tile.k.num_tiles - k_tiles, stages, full_barrier, empty_barrier, slot)
     return sums, slot
+
+
+def for_each_k_tile(
+    accumulate: Callable[[Any, Any], Any], k_tiles: Any, full_barrier: Any, carry: Any, waits_ahead: bool
+) -> Any:
+    """Runs `carry = accumulate(step, carry)` for each k tile; its stage, which is `carry[0]`, is awaited before.
+
+    NOTE: a wait stands either before a k tile or, so that the assembler can begin it during the promotion, after the
+    one before. Then the last k tile is apart: after it there may be none, and a wait for the next tile's first would
+    hold up the end of this one.
+    """
+
+    def wait(carry):
+        plgpu.barrier_wait(full_barrier.at[carry[0]])
+
+    def wait_and_accumulate(step, carry):
+        wait(carry)
+        return accumulate(step, carry)
+
+    def accumulate_and_wait(step, carry):
+        carry = accumulate(step, carry)
+        wait(carry)
+        return carry
+
+    if not waits_ahead:
+        return lax.fori_loop(0, k_tiles, wait_and_accumulate, carry)
+    pl.when(k_tiles > 0)(lambda: wait(carry))
+    last = lax.max(jnp.int32(k_tiles) - 1, 0)
+    return lax.fori_loop(last, k_tiles, accumulate, lax.fori_loop(0, last, accumulate_and_wait, carry))
 
 
 def pass_over(k_tiles: jax.Array, stages: int, full_barrier: Any, empty_barrier: Any, slot: jax.Array) -> jax.Array:
