@@ -17,6 +17,7 @@ def neighbours(problem: GemmProblem, config: GemmConfig) -> Iterator[GemmConfig]
         changes += [{"band_along_n": not config.band_along_n}]
     changes += [{"split_k": split_k} for split_k in (1, 2, 4)]
     changes += [{"share": share} for share in (1, 2)]
+    changes += [{"multiply_scales": multiplies, "share": 1 + multiplies} for multiplies in (False, True)]
     if problem.n * problem.out_dtype.itemsize % 16:
         changes += [{"masked_store": not config.masked_store}]
     changes += [{"tile_n": config.tile_n + step} for step in (-64, -32, -16, 16, 32, 64)]

@@ -19,10 +19,14 @@ BUFFER_ALIGNMENT = 1024
 SWIZZLE_BYTES = 128
 """A staged row of the output; what the TMA stores from shared memory starts at a multiple of this."""
 
+MIN_STAGED_BYTES = 32
+"""The narrowest swizzle of a staged row of the output; a row is a multiple of it."""
+
 WAVE_ROWS = 64
 MAX_CLUSTER = 8
 STAGED_BYTES = 32768
-"""Most bytes of the output that a warpgroup stages before it stores them."""
+"""Most bytes of the output that a warpgroup stages before it stores them; half of them, if scales are multiplied by
+the tensor core: there one more stage is worth more."""
 
 ACCUMULATOR_REGISTERS = {1: 200, 2: 200, 3: 128}
 """Registers a thread for sums, one product and scales, by the number of compute warpgroups: the most without spills."""
@@ -33,8 +37,12 @@ MAX_EARLY_COLUMNS = 160
 MAX_FACTOR_COLUMNS = 128
 """Most columns of a wave whose products of scales fit in registers, beside its sums and its product."""
 
-ScalesAreRead = Literal["before", "during", "after"]
-"""When a k tile's scales are read, beside the product of a wave."""
+MAX_MULTIPLIED_REGISTERS = 216
+"""The most for sums, one product and the products of its scales: 128x144 and 256x104."""
+
+ScalesAreRead = Literal["before", "during", "after", "multiplied"]
+"""When a k tile's scales are read, beside the product of a wave; "multiplied" by the tensor core: those of columns
+not at all, those of rows before."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +61,8 @@ class GemmConfig:
         band_along_n: whether bands are so many tiles of n wide, not of m.
         masked_store: whether an output whose rows are no multiple of 16 bytes is stored element by element; else it is
             stored padded, and cut to size by a copy.
+        multiply_scales: whether the tensor core multiplies the scales of rows with those of columns
+            (`jaxgemm.kernels.scale_products`); only if both operands have 1x128 blocks.
     """
 
     tile_m: int
@@ -65,6 +75,7 @@ class GemmConfig:
     band: int = 8
     band_along_n: bool = False
     masked_store: bool = False
+    multiply_scales: bool = False
 
     @property
     def tile_rows(self) -> int:
@@ -95,8 +106,9 @@ def why_invalid(problem: GemmProblem, config: GemmConfig) -> str | None:
         'it needs 284784 bytes of shared memory, a block has 232448'
     """
     rows, columns, warpgroups = config.tile_rows, config.tile_columns, config.warpgroups
-    if problem.kind != "dense" and (config.share > 1 or config.split_k > 1 or config.band_along_n):
-        return f"{problem.kind} groups take no clusters and bands along m: share, split_k and band_along_n must be off"
+    along_k = problem.kind in ("k_grouped", "k_masked")
+    if problem.kind != "dense" and (config.split_k > 1 or config.band_along_n or (config.share > 1 and not along_k)):
+        return f"{problem.kind} groups take no such clusters, and bands along m: {config}"
     if problem.kind == "grouped" and not config.swap_operands and columns * problem.out_dtype.itemsize % SWIZZLE_BYTES:
         return f"rows of a group's end are stored {SWIZZLE_BYTES} bytes at a time: {columns} columns are no multiple"
     if min(problem.m, problem.n, problem.k, problem.num_groups) < 1:
@@ -109,14 +121,21 @@ def why_invalid(problem: GemmProblem, config: GemmConfig) -> str | None:
         return f"the wgmma's M side, {rows}, must be a multiple of 64 x {warpgroups} warpgroups, up to 256"
     if columns % 8 or not 8 <= columns <= 256:
         return f"the wgmma's N side, {columns}, must be a multiple of 8, up to 256"
-    if _registers(problem, config) > ACCUMULATOR_REGISTERS[warpgroups]:
+    if not config.swap_operands and columns * problem.out_dtype.itemsize % MIN_STAGED_BYTES:
+        return (
+            f"a row of {columns} columns of {problem.out_dtype} is not staged: no multiple of {MIN_STAGED_BYTES} bytes"
+        )
+    if config.multiply_scales and not _may_multiply_scales(problem, config):
+        return "multiply_scales needs 1x128 scales of both operands, which are not swapped, and no groups of rows"
+    most_registers = MAX_MULTIPLIED_REGISTERS if config.multiply_scales else ACCUMULATOR_REGISTERS[warpgroups]
+    if _registers(problem, config) > most_registers:
         return f"{config.num_waves} waves of {columns} columns do not fit in registers"
     if config.split_k > 1 and not (config.swap_operands and config.num_waves == 1 and config.share == 1):
         return "split_k needs swapped operands, one wave a warpgroup and no sharing"
     if config.split_k > cdiv(problem.k, SCALE_BLOCK) or config.split_k * config.share > MAX_CLUSTER:
         return f"split_k={config.split_k} exceeds the k tiles, or a cluster of {MAX_CLUSTER}"
-    if config.share > 1 and (config.swap_operands or all_scales_per_row(problem)):
-        return "swapped operands, and two that are scaled by 1x128 blocks, cannot share loads"
+    if config.share > 1 and (config.swap_operands or (all_scales_per_row(problem) and not config.multiply_scales)):
+        return "swapped operands, and scales of 1x128 blocks on both sides without multiply_scales, share no loads"
     used = shared_memory_bytes(problem, config)
     if used > SHARED_MEMORY_BYTES:
         return f"it needs {used} bytes of shared memory, a block has {SHARED_MEMORY_BYTES}"
@@ -139,6 +158,10 @@ def _bytes_before_staging(problem: GemmProblem, config: GemmConfig) -> int:
         by_row = 4 * config.stages * align_up(tile, 32)
         by_block = 4 * config.warpgroups * blocks * align_up(k_tiles, 128)
         total += _aligned(config.stages * tile * SCALE_BLOCK) + _aligned(by_row if shape[0] == 1 else by_block)
+    if config.multiply_scales:  # four numbers a column, not one
+        total += _aligned(16 * config.stages * config.tile_n) - _aligned(
+            4 * config.stages * align_up(config.tile_n, 32)
+        )
     if config.split_k > 1:
         total += _aligned(4 * config.warpgroups * WAVE_ROWS * partial_pitch(config.tile_columns)) + 16
     if problem.has_bias:
@@ -164,7 +187,7 @@ def staged_chunks(problem: GemmProblem, config: GemmConfig) -> int:
     A chunk is 64 rows of at most 128 bytes. Waves that are staged together are waited for once.
     """
     chunk_bytes, of_wave = _chunks_of_wave(problem, config)
-    most = max(1, STAGED_BYTES // chunk_bytes)
+    most = max(1, STAGED_BYTES // (2 if config.multiply_scales else 1) // chunk_bytes)
     together, apart = (min(of_wave * waves, most) for waves in (config.num_waves, 1))
     rest = _bytes_before_staging(problem, config)
     fits = rest + _aligned(config.warpgroups * together * chunk_bytes) <= SHARED_MEMORY_BYTES
@@ -199,6 +222,8 @@ def _registers(problem: GemmProblem, config: GemmConfig) -> int:
     """Registers a thread for the sums, one product and the scales of the columns."""
     columns = config.tile_columns
     block_shape = block_shapes(problem)[not config.swap_operands]
+    if config.multiply_scales:
+        return columns * (config.num_waves + 2) // 2
     scales = columns // 4 if block_shape[0] == 1 and columns <= MAX_EARLY_COLUMNS else 0
     return columns * (config.num_waves + 1) // 2 + scales
 
@@ -216,6 +241,8 @@ def when_scales_are_read(problem: GemmProblem, config: GemmConfig) -> ScalesAreR
     and makes them while the tensor core works; with turns that is 2 to 20 % faster (H200, 128x128 tiles). Too many
     scales would crowd out the sums, and are read for each wave when its product is done.
     """
+    if config.multiply_scales:
+        return "multiplied"
     one_wave = config.warpgroups > 1 and config.num_waves == 1 and config.tile_columns <= MAX_FACTOR_COLUMNS
     if all_scales_per_row(problem) and _every_warpgroup_multiplies(problem, config) and one_wave:
         return "during"
@@ -228,23 +255,37 @@ def takes_turns(problem: GemmProblem, config: GemmConfig) -> bool:
 
     Measured on an H200 with 1x128 blocks on both sides: 128x128 (scales read during the product) 14 to 19 % faster
     with turns, 128x160 0 to 20 %, 256x96 5 to 14 %, 256x112 0 to 11 % in bfloat16 and 3 to 6 % slower in float32.
-    With 128x128 blocks on one side the promotion is short, and turns cost 2 %.
+    With 128x128 blocks on one side, or scales that the tensor core multiplies, the promotion is short: turns cost 2 %.
     """
     if not all_scales_per_row(problem) or not _every_warpgroup_multiplies(problem, config) or config.warpgroups == 1:
+        return False
+    if config.multiply_scales:
         return False
     if config.num_waves > 1:
         return config.tile_columns <= 96 or problem.out_dtype.itemsize < 4
     return config.tile_columns > MAX_FACTOR_COLUMNS or when_scales_are_read(problem, config) == "during"
 
 
-def waits_ahead(problem: GemmProblem) -> bool:
+def waits_ahead(problem: GemmProblem, config: GemmConfig) -> bool:
     """Whether a warpgroup asks for the next k tile while it promotes this one.
 
     The answer takes some 50 cycles, which the promotion then hides: beside storing warps 4096x4096x7168 takes 173.5 us
     with it and 183.0 without (H100). With 1x128 blocks on both sides two of four tiles were 2 and 5 % slower with it,
-    the others 0 and 1 % faster.
+    the others 0 and 1 % faster; where the tensor core multiplies the scales all are, by 1 to 4 %.
     """
-    return not all_scales_per_row(problem)
+    return not all_scales_per_row(problem) or config.multiply_scales
+
+
+def frees_early(scales_are_read: ScalesAreRead) -> bool:
+    """Whether all scales that a warpgroup reads of a stage have been read once its last product is complete.
+
+    The product needs those that are read before it, of all its warps.
+    """
+    return scales_are_read in ("before", "multiplied")
+
+
+def _may_multiply_scales(problem: GemmProblem, config: GemmConfig) -> bool:
+    return all_scales_per_row(problem) and _every_warpgroup_multiplies(problem, config)
 
 
 def _every_warpgroup_multiplies(problem: GemmProblem, config: GemmConfig) -> bool:

@@ -28,10 +28,21 @@ def candidates(problem: GemmProblem) -> Iterator[GemmConfig]:
     for tile_m, warpgroups in ((256, 2), (192, 3), (128, 2), (64, 1)):
         for tile_n in widths_of_high if tile_m > 128 else widths:
             shapes.append(GemmConfig(tile_m, tile_n, 2, warpgroups))
+    shapes += _multiplying_scales(problem)
     for shape in shapes:
         config = with_most_stages(problem, shape, MOST_STAGES)
         if config is not None:
             yield _with_bands(problem, config)
+
+
+def _multiplying_scales(problem: GemmProblem) -> Iterator[GemmConfig]:
+    """Tiles whose scales the tensor core multiplies; blocks of two share loads, without which they are not faster."""
+    if not all_scales_per_row(problem) or problem.kind in ("grouped", "masked"):
+        return
+    high = (80, 88, 96, 104) if problem.out_dtype.itemsize == 4 else (80, 96)
+    for tile_m, tile_n, band in (*((256, width, 8) for width in high), (128, 128, 16)):
+        if problem.n > tile_n:
+            yield GemmConfig(tile_m, tile_n, 2, share=2, band=band, multiply_scales=True)
 
 
 def _with_bands(problem: GemmProblem, config: GemmConfig) -> GemmConfig:
@@ -99,7 +110,17 @@ OLDER_MAC_MICROSECONDS = 2.29e-5
 """The same of an earlier main loop on an H200, by which groups and 1x128 blocks on both sides were measured."""
 
 GROUP_TILE_MICROSECONDS = {1: 2.2, 2: 3.7}
-"""The same for groups, by the waves of a warpgroup: contiguous and k-grouped products, H200."""
+"""The same for groups of rows, by the waves of a warpgroup: contiguous products, H200."""
+
+MULTIPLIED_MAC_MICROSECONDS = {1: 3.02e-5, 2: 2.78e-5}
+"""As MAC_MICROSECONDS where the tensor core multiplies the scales, by the waves of a warpgroup: 128x128, 256x80 to
+256x104; H100, dense."""
+
+MULTIPLIED_TILE_MICROSECONDS = {1: 0.9, 2: 2.2}
+"""As TILE_MICROSECONDS, of the same measurements."""
+
+SPLIT_SCALES_MICROSECONDS = 2.0
+"""Time of the kernel that splits scales for it: 1.7 to 2.4 us for 0.3 to 1 MB of them; H100."""
 
 LATENCY_MICROSECONDS = 0.2
 """Least time of a k tile: wait, multiply, promote; one warpgroup alone takes longer (`_latency`)."""
@@ -136,15 +157,18 @@ def predicted_microseconds(problem: GemmProblem, config: GemmConfig, num_sms: in
     promote = _promotion_of_rows(problem, config) if per_row else 1 + (0.01 if is_later else 0.02) * (chunks - 1)
     promote *= 1.5 if config.swap_operands and config.tile_columns > 64 else 1.0  # measured at 128 rows, 7168x16384
     multiply = macs * (MAC_MICROSECONDS if is_later else OLDER_MAC_MICROSECONDS) * narrow * shallow * promote
+    if config.multiply_scales:
+        multiply = macs * MULTIPLIED_MAC_MICROSECONDS[config.num_waves]
     ingest = (config.tile_m + config.tile_n) * SCALE_BLOCK / SM_BYTES_PER_MICROSECOND
     k_tile = max(multiply, ingest, _latency(problem, config))
     tile = _microseconds_beside_main_loop(problem, config)
+    before = SPLIT_SCALES_MICROSECONDS if config.multiply_scales else 0.0
     memory = extent.products * (extent.m + problem.n) * extent.k / MEMORY_BYTES_PER_MICROSECOND
     if problem.kind != "dense":
-        return max(waves * k_tiles * k_tile, memory) + waves * tile
+        return before + max(waves * k_tiles * k_tile, memory) + waves * tile
     split = SPLIT_MICROSECONDS[0] + SPLIT_MICROSECONDS[1] * config.tile_columns if config.split_k > 1 else 0.0
     after_last_bytes = 2 * k_tile + tile
-    return max(waves * (k_tiles * k_tile + tile), memory + after_last_bytes) + split
+    return before + max(waves * (k_tiles * k_tile + tile), memory + after_last_bytes) + split
 
 
 def _shallow(problem: GemmProblem, config: GemmConfig) -> float:
@@ -171,8 +195,10 @@ def _promotion_of_rows(problem: GemmProblem, config: GemmConfig) -> float:
 def _microseconds_beside_main_loop(problem: GemmProblem, config: GemmConfig) -> float:
     """Time of a tile outside its main loop; 1.9 us for 256x112 in float32, which is staged in pieces."""
     waves = min(config.num_waves, 2)
-    if problem.kind != "dense":
+    if problem.kind in ("grouped", "masked"):
         return GROUP_TILE_MICROSECONDS[waves]
+    if config.multiply_scales:
+        return MULTIPLIED_TILE_MICROSECONDS[waves]
     if all_scales_per_row(problem):
         return 1.9 if waves > 1 and problem.out_dtype.itemsize == 4 else 1.0
     return TILE_MICROSECONDS[waves]

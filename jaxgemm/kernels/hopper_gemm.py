@@ -10,8 +10,8 @@ Warps of a block, over time (two compute warpgroups; of the last warpgroup, one 
 
 Products of all kinds differ in their schedule alone: `schedule.py`, `group_schedule.py`.
 
-Shared memory: `stages` x (rows tile, columns tile, 1x128 scales of both), kept 128x128 scales, the bias of a tile, and
-what each compute warpgroup stages of the output.
+Shared memory: `stages` x (rows tile, columns tile, 1x128 scales of both, those of columns in parts if the tensor core
+multiplies them), kept 128x128 scales, the bias of a tile, and what each compute warpgroup stages of the output.
 
 Barriers: `full[stage]`: TMA copies arrive, compute warpgroups wait. `empty[stage]`: compute warpgroups arrive, the
 loading warp waits. `bias_full`, `bias_empty`: the same for the bias of a tile. `staged_full[warpgroup]`: a compute
@@ -35,10 +35,11 @@ from jaxgemm.gemm_config import GemmConfig
 from jaxgemm.kernels import epilogue, split_k
 from jaxgemm.kernels.finish import Finish, output_of
 from jaxgemm.kernels.group_schedule import scales_by_group
-from jaxgemm.kernels.mainloop import compute_tile, drain, load_tile
+from jaxgemm.kernels.mainloop import Multiply, compute_tile, drain, load_tile
 from jaxgemm.kernels.operand import Operand, OperandRefs, keep_block_scales, load_block_scales
 from jaxgemm.kernels.plan import Plan, make_plan, scratch_types
 from jaxgemm.kernels.promotion import TileScales
+from jaxgemm.kernels.scale_products import multiply_wave_and_scales, multiply_wave_and_scales_portable, split_scales
 from jaxgemm.kernels.schedule import (
     LOCAL_AXIS,
     SHARE_AXIS,
@@ -140,7 +141,10 @@ def compute_role(
     plan: Plan, schedule: TileSchedule, sides: Sides, out_gmem: Any, smem: dict[str, Any], interpret: Any
 ) -> None:
     """A compute warpgroup: sums its rows of each tile, then stages them, or stores them by itself."""
-    multiply = functools.partial(multiply_wave_portable if interpret else multiply_wave, num_warpgroups=plan.num_turns)
+    multiply = Multiply(
+        functools.partial(multiply_wave_portable if interpret else multiply_wave, num_warpgroups=plan.num_turns),
+        multiply_wave_and_scales_portable if interpret else multiply_wave_and_scales,
+    )
     sync = plgpu.commit_smem if interpret else sync_warpgroup
     problem, config = plan.problem, plan.config
     warpgroup = lax.axis_index("warpgroup")
@@ -301,6 +305,8 @@ def hopper_gemm(
     )
     if problem.kind == "grouped" and sizes is not None and plan.lhs.scale_per_row:
         lhs_scales = scales_by_group(problem, lhs_scales, sizes)
+    if plan.rhs.splits_scales:
+        rhs_scales = split_scales(rhs_scales)
     operands = [lhs_values, lhs_scales, rhs_values, rhs_scales]
     if bias is not None:
         operands.append(bias if problem.kind == "dense" else pad_trailing(bias, (plan.bias_pitch,)).reshape(-1))

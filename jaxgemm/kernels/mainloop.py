@@ -3,8 +3,9 @@
 A tile is computed from a *rows* operand (the M side of wgmma) and a *columns* operand (its N side), both K-major.
 """
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxgemm.gemm_config import ScalesAreRead
+from jaxgemm.gemm_config import ScalesAreRead, frees_early
 from jaxgemm.kernels.operand import Operand, OperandRefs
 from jaxgemm.kernels.promotion import TileScales, chunk_columns, factors, promote
 from jaxgemm.kernels.schedule import SHARE_AXIS, Tile
 from jaxgemm.kernels.wave import ACCUMULATOR_LAYOUT, TILE_K, WAVE_ROWS
+
+
+class Multiply(NamedTuple):
+    """How a wave is multiplied: `multiply_wave` and `multiply_wave_and_scales`, or what the interpreter can run."""
+
+    wave: Callable[..., tuple[jax.Array, jax.Array | None]]
+    wave_and_scales: Callable[..., tuple[jax.Array, jax.Array]]
 
 
 def next_slot(slot: jax.Array, stages: int) -> jax.Array:
@@ -88,7 +96,7 @@ def compute_tile(
     full_barrier: Any,
     empty_barrier: Any,
     slot: jax.Array,
-    multiply_wave: Callable[..., tuple[jax.Array, jax.Array | None]],
+    multiply: Multiply,
     scales_are_read: ScalesAreRead,
     waits_ahead: bool,
     rows_counted: jax.Array | None = None,
@@ -105,7 +113,7 @@ def compute_tile(
         full_barrier: waited on.
         empty_barrier: arrived at once a stage has been read.
         slot: the next stage.
-        multiply_wave: see `jaxgemm.kernels.wave`.
+        multiply: how waves are multiplied.
         scales_are_read: when, beside a wave's product.
         waits_ahead: whether it asks for the next k tile while it promotes this one; else when it needs it.
         rows_counted: rows of the tile that count; None if all do. A warpgroup with none of them only passes over the
@@ -119,6 +127,9 @@ def compute_tile(
     first_row = scales.warpgroup * (num_waves * WAVE_ROWS)
     wave_rows = [first_row + wave * WAVE_ROWS for wave in range(num_waves)]
 
+    def products_of_scales_read(place, row):
+        return factors(scales.of_rows(place, row), *scales.of_columns(place))
+
     def accumulate_k_tile(step, carry):
         slot, sums, recycled = carry
         place = scales.of_k_tile(step, slot)
@@ -126,23 +137,27 @@ def compute_tile(
             row_scales, column_scales = [scales.of_rows(place, row) for row in wave_rows], scales.of_columns(place)
         new_sums = []
         for wave, row in enumerate(wave_rows):
-            operands = rows[1].values_smem, columns[1].values_smem, slot, row, recycled
-            if scales_are_read == "during":
-                recycled, products = multiply_wave(
-                    *operands,
-                    meanwhile=lambda row=row: factors(scales.of_rows(place, row), *scales.of_columns(place)),
+            operands = rows[1].values_smem, columns[1].values_smem, slot, row
+            if scales_are_read == "multiplied":
+                recycled = multiply.wave_and_scales(
+                    *operands, columns[1].scales_smem, scales.of_rows(place, row), recycled
                 )
-                new_sums.append([sums[wave][0] + recycled * products])
+                product, products_of_scales = recycled
+            else:
+                read = functools.partial(products_of_scales_read, place, row) if scales_are_read == "during" else None
+                product, products_of_scales = multiply.wave(*operands, *recycled, meanwhile=read)
+                recycled = (product,)
+            if frees_early(scales_are_read) and wave == num_waves - 1:
+                plgpu.barrier_arrive(empty_barrier.at[slot])
+            if products_of_scales is not None:
+                new_sums.append([sums[wave][0] + product * products_of_scales])
                 continue
-            recycled, _ = multiply_wave(*operands)
             if scales_are_read == "after":
                 of_wave = scales.of_rows(place, row), scales.of_columns(place)
             else:
                 of_wave = row_scales[wave], column_scales
-                if wave == num_waves - 1:
-                    plgpu.barrier_arrive(empty_barrier.at[slot])
-            new_sums.append(promote(recycled, sums[wave], *of_wave))
-        if scales_are_read != "before":
+            new_sums.append(promote(product, sums[wave], *of_wave))
+        if not frees_early(scales_are_read):
             plgpu.barrier_arrive(empty_barrier.at[slot])
         return next_slot(slot, stages), new_sums, recycled
 
@@ -150,10 +165,11 @@ def compute_tile(
         return plgpu.layout_cast(jnp.zeros((WAVE_ROWS, width), jnp.float32), ACCUMULATOR_LAYOUT)
 
     sums = [[zero(chunk)] * (columns[0].tile // chunk) for _ in range(num_waves)]
+    recycled = (zero(columns[0].tile),) * (2 if scales_are_read == "multiplied" else 1)
     k_tiles = tile.k.num_tiles
     if rows_counted is not None:  # a group may end before this warpgroup's rows
         k_tiles = lax.select(first_row < rows_counted, k_tiles, jnp.int32(0))
-    carry = slot, sums, zero(columns[0].tile)
+    carry = slot, sums, recycled
     slot, sums, _ = for_each_k_tile(accumulate_k_tile, k_tiles, full_barrier, carry, waits_ahead)
     if rows_counted is not None:
         slot = pass_over(tile.k.num_tiles - k_tiles, stages, full_barrier, empty_barrier, slot)

@@ -16,6 +16,9 @@ from jaxgemm.layout import align_up, cdiv
 SCALE_BLOCK_ROWS = 128
 SLAB_ALIGNMENT = 32
 
+SCALE_PARTS = 4
+"""Numbers that a scale is given by, where the tensor core multiplies it (`jaxgemm.kernels.scale_products`)."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Operand:
@@ -29,6 +32,7 @@ class Operand:
         dtype: FP8.
         multicast: whether the blocks of a cluster share its loads.
         num_groups: size of its leading axis; 0 if it has none.
+        splits_scales: whether its 1x128 scales come in parts (`jaxgemm.kernels.scale_products`).
     """
 
     tile: int
@@ -38,11 +42,12 @@ class Operand:
     dtype: Any
     multicast: bool = False
     num_groups: int = 0
+    splits_scales: bool = False
 
     @property
     def slab(self) -> int:
         """1x128 scales held in shared memory for one k tile; a TMA copy brings multiples of 128 bytes."""
-        return align_up(self.tile, SLAB_ALIGNMENT)
+        return self.tile if self.splits_scales else align_up(self.tile, SLAB_ALIGNMENT)
 
     @property
     def blocks_per_tile(self) -> int:
@@ -87,8 +92,10 @@ def operand_buffers(operand: Operand, stages: int, num_warpgroups: int) -> tuple
     1x128 scales come with each k tile; 128x128 scales stay for a tile, each warpgroup with a copy of its own.
     """
     values = plgpu.SMEM((stages, operand.tile, TILE_K), operand.dtype, transforms=OPERAND_TRANSFORMS)
-    blocks = (num_warpgroups, operand.blocks_per_tile, operand.scale_row)
-    return values, plgpu.SMEM((stages, operand.slab) if operand.scale_per_row else blocks, jnp.float32)
+    scales: tuple[int, ...] = (num_warpgroups, operand.blocks_per_tile, operand.scale_row)
+    if operand.scale_per_row:
+        scales = (stages, operand.slab, *([SCALE_PARTS] if operand.splits_scales else []))
+    return values, plgpu.SMEM(scales, jnp.float32)
 
 
 class BlockScales(NamedTuple):

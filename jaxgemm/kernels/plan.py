@@ -60,7 +60,7 @@ class Plan:
 
     @property
     def waits_ahead(self) -> bool:
-        return gemm_config.waits_ahead(self.problem)
+        return gemm_config.waits_ahead(self.problem, self.config)
 
     @property
     def k_tiles(self) -> int:
@@ -143,7 +143,8 @@ def make_plan(problem: GemmProblem, config: GemmConfig, num_sms: int) -> Plan:
     def operand(rows, tile, block_shape, dtype, is_rows, has_groups):
         k_tiles, groups = cdiv(problem.k, TILE_K), problem.num_groups if has_groups else 0
         multicast = is_rows and config.share > 1
-        return Operand(tile, block_shape[0] == 1, cdiv(rows, 128), k_tiles, dtype, multicast, groups)
+        splits = config.multiply_scales and not is_rows
+        return Operand(tile, block_shape[0] == 1, cdiv(rows, 128), k_tiles, dtype, multicast, groups, splits)
 
     swap, (lhs_groups, rhs_groups) = config.swap_operands, problem.operands_have_groups
     lhs = operand(problem.m, config.tile_m, problem.lhs_block_shape, problem.lhs_dtype, not swap, lhs_groups)
@@ -187,7 +188,7 @@ def _empty_barrier(plan: Plan) -> Any:
     read later have not, and every thread must arrive.
     """
     arrivals, stages = plan.config.warpgroups, plan.config.stages
-    if plan.scales_are_read != "before":
+    if not gemm_config.frees_early(plan.scales_are_read):
         return plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages)
     axis = SHARE_AXIS if plan.config.share > 1 else LOCAL_AXIS
     return plgpu.ClusterBarrier(collective_axes=(axis,), num_arrivals=arrivals, num_barriers=stages)

@@ -38,7 +38,7 @@ FIRST_TURN_BARRIER = 8
 TURN_AFTER = 3
 """Of the four instructions of a wave, those that must be done before the next warpgroup starts."""
 
-_FP8_NAMES = {jnp.dtype(jnp.float8_e4m3fn): "e4m3", jnp.dtype(jnp.float8_e5m2): "e5m2"}
+FP8_NAMES = {jnp.dtype(jnp.float8_e4m3fn): "e4m3", jnp.dtype(jnp.float8_e5m2): "e5m2"}
 
 
 def multiply_wave(
@@ -72,8 +72,7 @@ def multiply_wave(
         float32 `[64, columns tile]`, and what `meanwhile` returned.
     """
     shape = (WAVE_ROWS, columns_smem.shape[1])
-    rows_tile = rows_smem.shape[1]
-    names = _FP8_NAMES[jnp.dtype(rows_smem.dtype)], _FP8_NAMES[jnp.dtype(columns_smem.dtype)]
+    names = FP8_NAMES[jnp.dtype(rows_smem.dtype)], FP8_NAMES[jnp.dtype(columns_smem.dtype)]
     operand, scalar = plgpu.RefType(OPERAND_TRANSFORMS), plgpu.Layout.WG_SPLAT(())
 
     @plgpu.inline_mgpu(
@@ -83,16 +82,14 @@ def multiply_wave(
     def issue(ctx, rows, columns, slot, row, recycled):
         del ctx
         slot, row = (scalar.registers.flat[0] for scalar in (slot, row))
-        first_row = arith.addi(arith.muli(slot, mgpu.c(rows_tile, slot.type)), row)
-        first_column = arith.muli(slot, mgpu.c(shape[1], slot.type))
-        descriptors = _descriptor(rows, first_row), _descriptor(columns, first_column)
-        registers = _fence_registers(_scalars(recycled))
+        descriptors = descriptors_of_wave(rows, columns, slot, row)
+        registers = fence_registers(scalars(recycled))
         nvvm.wgmma_fence_aligned()
         turn = _turn(0, num_warpgroups) if num_warpgroups > 1 else None
-        registers = _issue(registers, *descriptors, shape[1], names, turn)
+        registers = issue_products(registers, *descriptors, shape[1], names, turn)
         if meanwhile is not None:
             _sync_warp()
-        return _from_scalars(registers, recycled)
+        return from_scalars(registers, recycled)
 
     @plgpu.inline_mgpu(
         arg_types=(ACCUMULATOR_LAYOUT,),
@@ -104,7 +101,7 @@ def multiply_wave(
             nvvm.wgmma_wait_group_sync_aligned(1)
             _named_barrier("arrive", _turn(1, num_warpgroups))
         nvvm.wgmma_wait_group_sync_aligned(0)
-        return _from_scalars(_fence_registers(_scalars(product)), product)
+        return from_scalars(fence_registers(scalars(product)), product)
 
     product = issue(rows_smem, columns_smem, jnp.int32(slot), jnp.int32(row), recycled)
     result = None if meanwhile is None else meanwhile()
@@ -148,7 +145,9 @@ def multiply_wave_portable(
     return pl.run_scoped(product, plgpu.ACC(shape)), None if meanwhile is None else meanwhile()
 
 
-def _issue(registers, rows_descriptor, columns_descriptor, tile: int, names: tuple[str, str], turn: ir.Value | None):
+def issue_products(
+    registers, rows_descriptor, columns_descriptor, tile: int, names: tuple[str, str], turn: ir.Value | None
+):
     """Issues the wgmmas of one k tile, in two groups, and returns the registers that they will write.
 
     NOTE: the turn is awaited after the first instruction, not before. That one may not start before the promotion has
@@ -200,7 +199,7 @@ def _sync_warp() -> None:
     llvm.inline_asm(ir.Type.parse("!llvm.void"), [], text, "~{memory}", asm_dialect=0, has_side_effects=True)
 
 
-def _fence_registers(registers):
+def fence_registers(registers):
     """Keeps the compiler from moving reads or writes of these registers across this point."""
     f32 = ir.F32Type.get()
     count = len(registers)
@@ -209,6 +208,13 @@ def _fence_registers(registers):
         llvm.StructType.get_literal([f32] * count), registers, "", constraints, asm_dialect=0, has_side_effects=True
     )
     return [llvm.extractvalue(f32, result, [i]) for i in range(count)]
+
+
+def descriptors_of_wave(rows: ir.Value, columns: ir.Value, slot: ir.Value, row: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Where wgmma finds the operands of a wave, `[stages, tile, 128]` both: in this stage, from this row on."""
+    rows_tile, columns_tile = (ir.MemRefType(operand.type).shape[1] for operand in (rows, columns))
+    first_row = arith.addi(arith.muli(slot, mgpu.c(rows_tile, slot.type)), row)
+    return _descriptor(rows, first_row), _descriptor(columns, arith.muli(slot, mgpu.c(columns_tile, slot.type)))
 
 
 def _descriptor(operand: ir.Value, first_row: ir.Value) -> ir.Value:
@@ -228,7 +234,7 @@ def _descriptor(operand: ir.Value, first_row: ir.Value) -> ir.Value:
     return arith.addi(arith.ori(encoded, upper), offset)
 
 
-def _scalars(array: mgpu.FragmentedArray) -> list[ir.Value]:
+def scalars(array: mgpu.FragmentedArray) -> list[ir.Value]:
     """The float32 registers of an accumulator, one value each, in the order wgmma numbers them."""
     return [
         vector.extract(pair, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
@@ -237,10 +243,10 @@ def _scalars(array: mgpu.FragmentedArray) -> list[ir.Value]:
     ]
 
 
-def _from_scalars(scalars: list[ir.Value], like: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
-    """The inverse of `_scalars`."""
+def from_scalars(values: list[ir.Value], like: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
+    """The inverse of `scalars`."""
     registers = like.registers.copy()
     pair_type = ir.VectorType.get((2,), ir.F32Type.get())
     for i in range(registers.size):
-        registers.flat[i] = vector.from_elements(pair_type, scalars[2 * i : 2 * i + 2])
+        registers.flat[i] = vector.from_elements(pair_type, values[2 * i : 2 * i + 2])
     return mgpu.FragmentedArray(_registers=registers, _layout=like.layout, _is_signed=None)

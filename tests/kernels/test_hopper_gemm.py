@@ -73,6 +73,11 @@ CASES = {
     "weights on the left": (problem(130, 70, 200, lhs=SQUARE, rhs=ROW), SMALL),
     "square blocks": (problem(130, 130, 300, lhs=SQUARE, out=F32), SMALL),
     "factors": (problem(200, 136, 300, rhs=ROW, out=F32, bias=True), GemmConfig(128, 128, 2)),
+    "scales multiplied": (problem(200, 136, 300, rhs=ROW, out=F32), GemmConfig(128, 128, 2, multiply_scales=True)),
+    "scales multiplied, high tiles in turn": (
+        problem(300, 230, 200, rhs=ROW, rhs_dtype=E5M2, bias=True, activation="relu"),
+        GemmConfig(256, 80, 2, multiply_scales=True),
+    ),
     "late scales": (problem(70, 200, 300, rhs=ROW, out=F32), GemmConfig(128, 192, 2)),
     "kept block scales": (problem(8, 300, 5504, out=F32), GemmConfig(64, 192, 2, 1)),
     "kept block scales, one a tile": (problem(8, 300, 5504, out=F32), GemmConfig(64, 128, 2, 1)),
@@ -95,7 +100,7 @@ def test_cases_keep_block_scales_as_their_names_say():
 def test_cases_run_as_their_names_say():
     plans = {name: make_plan(*case, 2) for name, case in CASES.items()}
     in_turn = [plan for name, plan in plans.items() if name.endswith("in turn")]
-    assert len(in_turn) == 5 and all(plan.schedule().num_tiles > 2 for plan in in_turn)  # for two blocks
+    assert len(in_turn) == 6 and all(plan.schedule().num_tiles > 2 for plan in in_turn)  # for two blocks
     staged = plans["staged in two goes, tiles in turn"]
     _, chunks, _, columns = scratch_types(staged, None)["out_smem"].shape
     assert chunks * columns < staged.num_waves * staged.columns.tile <= 2 * chunks * columns
@@ -193,8 +198,11 @@ def test_wgrad_lowers_for_cuda(out):
 
 @lowered
 def test_split_k_and_sharing_lower_for_cuda():
-    for config in (GemmConfig(16, 128, 8, swap_operands=True, split_k=4), GemmConfig(256, 128, 3, share=2)):
-        described = problem(16, 4096, 7168, bias=True)
+    for described, config in (
+        (problem(16, 4096, 7168, bias=True), GemmConfig(16, 128, 8, swap_operands=True, split_k=4)),
+        (problem(16, 4096, 7168, bias=True), GemmConfig(256, 128, 3, share=2)),
+        (problem(300, 4100, 7168, rhs=ROW, out=F32), GemmConfig(256, 104, 4, share=2, multiply_scales=True)),
+    ):
         assert why_invalid(described, config) is None
         assert "mosaic_gpu" in lower(described, config)
 

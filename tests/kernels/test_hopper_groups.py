@@ -193,6 +193,11 @@ K_GROUPED = {
     "too many": (problem("k_grouped", 9, 24, 256, 2, rhs=ROW, out=F32), SMALL, [100, 500]),
     "factors": (problem("k_grouped", 150, 136, 512, 2, rhs=ROW, out=F32), GemmConfig(128, 128, 2), [3, 300]),
     "wide": (problem("k_grouped", 300, 96, 512, 2, rhs=ROW, out=F32), GemmConfig(256, 96, 2), [3, 300]),
+    "scales multiplied": (
+        problem("k_grouped", 300, 96, 512, 2, rhs=ROW, out=F32),
+        GemmConfig(256, 96, 2, multiply_scales=True),
+        [3, 300],
+    ),
 }
 
 
@@ -226,6 +231,11 @@ K_MASKED = {
     "negative, and beyond the columns": (problem("k_masked", 9, 24, 200, 2, rhs=ROW), SMALL, [-4, 999]),
     "factors": (problem("k_masked", 150, 136, 256, 2, rhs=ROW, out=F32), GemmConfig(128, 128, 2), [3, 256]),
     "wide": (problem("k_masked", 300, 96, 256, 2, rhs=ROW, out=F32), GemmConfig(256, 96, 2), [3, 256]),
+    "scales multiplied": (
+        problem("k_masked", 300, 96, 256, 2, rhs=ROW, out=F32),
+        GemmConfig(256, 96, 2, multiply_scales=True),
+        [3, 256],
+    ),
     "bfloat16, odd": (problem("k_masked", 70, 27, 257, 2, rhs=ROW, lhs_dtype=E5M2), SMALL, [257, 130]),
     "swapped": (problem("k_masked", 40, 70, 300, 3, rhs=ROW, out=F32), SWAPPED, [17, 0, 299]),
     "weights by blocks": (problem("k_masked", 20, 150, 300, 2, out=F32), SMALL, [129, 200]),

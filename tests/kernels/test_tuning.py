@@ -69,6 +69,8 @@ def test_the_choice_is_pure():
     [
         (GemmConfig(100, 128, 3), "multiple of 64"),
         (GemmConfig(128, 100, 3), "multiple of 8"),
+        (GemmConfig(128, 104, 3), "multiple of 32 bytes"),
+        (GemmConfig(128, 128, 3, multiply_scales=True), "1x128 scales of both"),
         (GemmConfig(256, 128, 4), "shared memory"),
         (GemmConfig(256, 192, 2), "registers"),
         (GemmConfig(192, 192, 2, 3), "registers"),
@@ -115,7 +117,12 @@ def test_what_no_configuration_serves_is_refused():
     assert "clusters" in why_invalid(groups, dataclasses.replace(config, share=2))
     assert "positive" in why_invalid(dataclasses.replace(groups, num_groups=0), config)
     assert "positive" in why_invalid(dataclasses.replace(described, m=0), config)
-    assert "share" in why_invalid(problem(4096, 4096, 4096, ROW), dataclasses.replace(config, share=2))
+    both = problem(4096, 4096, 4096, ROW)
+    assert "share" in why_invalid(both, dataclasses.replace(config, share=2))
+    assert why_invalid(both, dataclasses.replace(config, share=2, multiply_scales=True)) is None
+    rows = dataclasses.replace(both, kind="grouped", num_groups=3)
+    assert "no groups of rows" in why_invalid(rows, dataclasses.replace(config, multiply_scales=True))
+    assert "registers" in why_invalid(both, GemmConfig(256, 112, 2, multiply_scales=True))
     assert "registers" in why_invalid(problem(4096, 4096, 4096, ROW), GemmConfig(256, 128, 3))
 
 
@@ -183,6 +190,7 @@ def test_scales_are_read_where_there_are_registers_for_them():
     assert when_scales_are_read(both, GemmConfig(128, 160, 3)) == "before"
     assert when_scales_are_read(both, GemmConfig(256, 96, 3)) == "before"
     assert when_scales_are_read(both, GemmConfig(64, 192, 3, 1)) == "after"
+    assert when_scales_are_read(both, GemmConfig(128, 128, 3, multiply_scales=True)) == "multiplied"
     assert when_scales_are_read(one, GemmConfig(128, 128, 3)) == "before"
     assert not takes_turns(one, GemmConfig(256, 128, 3))
 
@@ -220,21 +228,3 @@ def test_large_outputs_are_walked_in_bands_along_n():
     assert not any(config.band_along_n for config in candidates(problem(4096, 4096, 7168)))
     grouped = problem(4096, 32768, 512, kind="grouped", num_groups=4)
     assert not any(config.band_along_n for config in candidates(grouped))
-
-
-@pytest.mark.parametrize(
-    "m, n, k, out, tile",
-    [  # the fastest of those measured (benchmarks/results/wgrad-tiles-h200.json), or within 1 % of it
-        (4096, 7168, 4096, jnp.float32, [(256, 112)]),
-        (4096, 4096, 7168, jnp.float32, [(128, 128)]),
-        (4096, 14336, 8192, jnp.float32, [(256, 112), (256, 96)]),
-        (7168, 2048, 8192, jnp.float32, [(128, 128)]),
-        (4096, 7168, 4096, jnp.bfloat16, [(256, 112), (128, 160)]),
-        (4096, 14336, 8192, jnp.bfloat16, [(256, 112)]),
-        (2048, 7168, 8192, jnp.bfloat16, [(256, 112)]),
-        (2048, 2048, 8192, jnp.bfloat16, [(128, 128)]),
-    ],
-)
-def test_weight_gradients_get_the_tiles_that_were_fastest(m, n, k, out, tile):
-    config = choose_config(problem(m, n, k, ROW, out), 132)
-    assert (config.tile_m, config.tile_n) in tile
