@@ -228,3 +228,30 @@ def test_large_outputs_are_walked_in_bands_along_n():
     assert not any(config.band_along_n for config in candidates(problem(4096, 4096, 7168)))
     grouped = problem(4096, 32768, 512, kind="grouped", num_groups=4)
     assert not any(config.band_along_n for config in candidates(grouped))
+
+
+@pytest.mark.parametrize(
+    "m, n, k, out, tile, multiplies",
+    [  # the fastest, and those within 3 % of it, in benchmarks/results/wgrad-tiles-h100.json
+        (4096, 4096, 7168, jnp.float32, [(256, 104)], True),
+        (4096, 7168, 4096, jnp.float32, [(256, 80), (256, 88)], True),
+        (7168, 4096, 2048, jnp.float32, [(128, 128), (256, 96)], True),
+        (24576, 4096, 1536, jnp.float32, [(128, 128), (256, 96), (256, 104)], True),
+        (7168, 4096, 16384, jnp.float32, [(256, 104), (256, 96)], True),
+        (4096, 14336, 8192, jnp.float32, [(256, 104)], True),
+        (14336, 4096, 8192, jnp.float32, [(256, 104), (256, 96)], True),
+        (7168, 2048, 8192, jnp.bfloat16, [(256, 96)], True),
+        (4096, 4096, 7168, jnp.bfloat16, [(128, 128), (256, 96)], True),
+        (2048, 2048, 8192, jnp.bfloat16, [(128, 128)], False),
+    ],
+)
+def test_weight_gradients_get_the_tiles_that_were_fastest(m, n, k, out, tile, multiplies):
+    config = choose_config(problem(m, n, k, ROW, out), 132)
+    assert (config.tile_m, config.tile_n) in tile
+    assert config.multiply_scales == multiplies and config.share == 1 + multiplies
+
+
+@pytest.mark.parametrize("m, n, groups", [(4096, 7168, 4), (7168, 2048, 8), (4096, 7168, 16)])
+def test_k_grouped_products_get_the_tiles_that_were_fastest(m, n, groups):
+    config = choose_config(problem(m, n, 32768, ROW, jnp.float32, "k_grouped", num_groups=groups), 132)
+    assert (config.tile_m, config.tile_n, config.multiply_scales) == (256, 104, True)
