@@ -21,7 +21,8 @@ from support import (
 )
 
 import jaxgemm
-from jaxgemm import ScaledArray
+from jaxgemm import ScaledArray, tiles
+from jaxgemm.gemm_config import GemmConfig
 
 SHAPES = [(7, 7, 7), (1, 1, 1), (1, 576, 300), (130, 70, 200), (64, 257, 129), (3, 130, 1000)]
 f32_gemm = functools.partial(jaxgemm.gemm, preferred_element_type=jnp.float32)
@@ -70,6 +71,34 @@ def test_epilogue(out_dtype, activation, bias_dtype, implementation):
     )
     assert out.dtype == out_dtype
     assert_close(out, oracle(lhs, rhs, bias, activation))
+
+
+LARGE_TILES = {
+    "high, loads shared": (GemmConfig(256, 128, 3, share=2), SQUARE, jnp.bfloat16),
+    "three warpgroups, loads shared, along n": (
+        GemmConfig(192, 128, 4, 3, share=2, band=2, band_along_n=True), SQUARE, jnp.float32,
+    ),
+    "wide": (GemmConfig(128, 192, 4, band=16), SQUARE, jnp.bfloat16),
+    "nine chunks": (GemmConfig(128, 144, 4), SQUARE, jnp.float32),
+    "scales multiplied": (GemmConfig(128, 128, 5, share=2, band=16, multiply_scales=True), ROW, jnp.float32),
+    "scales multiplied, high": (GemmConfig(256, 104, 4, share=2, multiply_scales=True), ROW, jnp.float32),
+    "scales multiplied, two bytes": (GemmConfig(256, 96, 4, share=2, multiply_scales=True), ROW, jnp.bfloat16),
+    "scales multiplied, loads not shared": (GemmConfig(256, 80, 3, multiply_scales=True), ROW, jnp.float32),
+    "scales read, high": (GemmConfig(256, 112, 3), ROW, jnp.float32),
+}  # fmt: skip
+
+
+@pytest.mark.skipif("mosaic" not in available_implementations(), reason="needs a Hopper GPU")
+@pytest.mark.parametrize("name", LARGE_TILES)
+@pytest.mark.parametrize("m, n, k", [(700, 1000, 1100), (257, 260, 129), (5000, 3000, 640)])
+def test_tiles_of_large_products(name, m, n, k):
+    """Tiles that small products do not get by themselves."""
+    config, rhs_block, out_dtype = LARGE_TILES[name]
+    lhs, rhs = operands(m, n, k, rhs_block=rhs_block)
+    bias = random(5, n, scale=10)
+    with tiles.forced(config):
+        out = jaxgemm.gemm(lhs, rhs, bias, preferred_element_type=out_dtype, implementation="mosaic")
+    assert_close(out, oracle(lhs, rhs, bias))
 
 
 def test_a_scale_wrong_in_one_block_is_seen():

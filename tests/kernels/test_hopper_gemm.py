@@ -74,6 +74,11 @@ CASES = {
     "square blocks": (problem(130, 130, 300, lhs=SQUARE, out=F32), SMALL),
     "factors": (problem(200, 136, 300, rhs=ROW, out=F32, bias=True), GemmConfig(128, 128, 2)),
     "scales multiplied": (problem(200, 136, 300, rhs=ROW, out=F32), GemmConfig(128, 128, 2, multiply_scales=True)),
+    "loads shared, tiles in turn": (problem(140, 700, 200, bias=True), GemmConfig(128, 128, 2, share=2)),
+    "loads shared, scales multiplied": (
+        problem(200, 136, 300, rhs=ROW, out=F32),
+        GemmConfig(128, 64, 2, share=2, multiply_scales=True),
+    ),
     "scales multiplied, high tiles in turn": (
         problem(300, 230, 200, rhs=ROW, rhs_dtype=E5M2, bias=True, activation="relu"),
         GemmConfig(256, 80, 2, multiply_scales=True),
@@ -100,7 +105,7 @@ def test_cases_keep_block_scales_as_their_names_say():
 def test_cases_run_as_their_names_say():
     plans = {name: make_plan(*case, 2) for name, case in CASES.items()}
     in_turn = [plan for name, plan in plans.items() if name.endswith("in turn")]
-    assert len(in_turn) == 6 and all(plan.schedule().num_tiles > 2 for plan in in_turn)  # for two blocks
+    assert len(in_turn) == 7 and all(plan.schedule().num_tiles > 2 for plan in in_turn)  # for two blocks
     staged = plans["staged in two goes, tiles in turn"]
     _, chunks, _, columns = scratch_types(staged, None)["out_smem"].shape
     assert chunks * columns < staged.num_waves * staged.columns.tile <= 2 * chunks * columns

@@ -197,17 +197,23 @@ def test_scales_are_read_where_there_are_registers_for_them():
 
 @pytest.mark.parametrize(
     "m, n, k, fastest",
-    [  # the fastest, and those within 2 % of it, in benchmarks/results/kernel-tiles-h100.json
+    [  # the fastest, and those within 2 % of it, in benchmarks/results/kernel-tiles-h100.json and shared-loads-h100.json
         (8192, 24576, 1536, [(128, 192), (192, 128)]),
         (8192, 2112, 7168, [(128, 192)]),
         (4096, 2112, 7168, [(128, 192), (192, 128)]),
-        (4096, 1536, 24576, [(128, 192)]),
+        (4096, 1536, 24576, [(128, 192), (192, 128)]),
         (4096, 32768, 512, [(192, 128), (128, 192)]),
         (4096, 4096, 7168, [(256, 128)]),
         (4096, 7168, 16384, [(256, 128)]),
         (8192, 4096, 7168, [(256, 128), (192, 128)]),
-        (8192, 8192, 8192, [(256, 128), (192, 128), (128, 192)]),
-        (4096, 24576, 1536, [(128, 192)]),
+        (8192, 8192, 8192, [(256, 128), (192, 128)]),
+        (8192, 2048, 2048, [(256, 128)]),
+        (8192, 7168, 2048, [(192, 128), (256, 128)]),
+        (8192, 2048, 7168, [(256, 128)]),
+        (8192, 4096, 14336, [(256, 128)]),
+        (8192, 14336, 4096, [(192, 128), (256, 128)]),
+        (8192, 28672, 4096, [(192, 128), (256, 128)]),
+        (4096, 24576, 1536, [(128, 192), (192, 128)]),
         (8192, 576, 7168, [(128, 144)]),
         (4096, 576, 7168, [(128, 144)]),
         (1, 24576, 1536, [(8, 64)]),
@@ -221,11 +227,20 @@ def test_products_get_the_tiles_that_were_fastest(m, n, k, fastest):
     assert (config.tile_m, config.tile_n) in fastest
 
 
+def test_high_tiles_share_loads_where_each_finds_a_partner():
+    """0 to 5 % less time (benchmarks/results/shared-loads-h100.json); an odd number would leave a block idle."""
+    shares = {config.tile_m: config.share for config in candidates(problem(4096, 4096, 7168))}
+    assert shares[256] == shares[192] == 2 and shares[128] == 1
+    assert all(config.share == 1 for config in candidates(problem(4096, 2112, 7168)))
+    assert all(config.share == 1 for config in candidates(problem(4096, 4096, 7168, kind="grouped", num_groups=4)))
+
+
 def test_large_outputs_are_walked_in_bands_along_n():
     """Else rhs would be read again for each band: 4096x32768x512 took 163 us, and 134 with such bands (H100)."""
     high = [config for config in candidates(problem(4096, 32768, 512)) if config.tile_m > 128]
     assert high and all(config.band_along_n for config in high)
     assert not any(config.band_along_n for config in candidates(problem(4096, 4096, 7168)))
+    assert any(config.band_along_n for config in candidates(problem(8192, 4096, 7168)))  # rhs is the smaller one
     grouped = problem(4096, 32768, 512, kind="grouped", num_groups=4)
     assert not any(config.band_along_n for config in candidates(grouped))
 
