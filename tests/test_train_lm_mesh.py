@@ -42,7 +42,8 @@ def free_port():
 
 def run_two_processes(flags):
     """Two processes of two devices each, on this machine."""
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    xla_flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"  # of one flag, the last counts
+    environment = {**os.environ, "XLA_FLAGS": xla_flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "examples/train_lm.py", *flags, "--coordinator", f"127.0.0.1:{free_port()}"]
     processes = [
         subprocess.Popen(
