@@ -115,8 +115,9 @@ def test_masked_groups(counts, with_bias, activation, rhs_block):
 def test_masked_groups_scaled_by_rows_end_in_any_warpgroup():
     """Tiles of several warpgroups, some of which have no rows: on a GPU they must not wait for one another."""
     groups, counts = 8, [0, 1, 64, 65, 128, 200, 511, 512]
+    n = 4096 if jax.default_backend() == "gpu" else 256  # a CPU has no tiles to choose, and takes seconds for so many
     lhs = jaxgemm.quantize(random(0, groups, 512, 512))
-    rhs = jaxgemm.quantize(random(1, groups, 4096, 512), ROW)
+    rhs = jaxgemm.quantize(random(1, groups, n, 512), ROW)
     out = np.asarray(masked(lhs, rhs, jnp.array(counts)))
     expected = dequantized(lhs) @ dequantized(rhs).transpose(0, 2, 1)
     for group, count in enumerate(counts):
