@@ -1,5 +1,6 @@
 """The text: the sources of the running Python's standard library, as bytes."""
 
+import functools
 import sysconfig
 import zlib
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ class Text:
         return float(-np.sum(probabilities * np.log(probabilities)))
 
 
+@functools.cache
 def load_standard_library() -> tuple[Text, Text]:
     """Reads the standard library's sources, split by file into train and validation text.
 
