@@ -14,7 +14,7 @@ demo: $(VENV)/.examples-installed
 
 ## Run every test and doctest.
 test: $(VENV)/.dev-installed
-	$(BIN)/python -m pytest -q --numprocesses 2
+	$(BIN)/python -m pytest -q --numprocesses 2 --dist worksteal
 
 ## Check style, format and types.
 lint: $(VENV)/.dev-installed
