@@ -30,7 +30,7 @@ def candidates(problem: GemmProblem) -> Iterator[GemmConfig]:
             shapes.append(GemmConfig(tile_m, tile_n, 2, warpgroups, share=_share(problem, tile_m, tile_n)))
     shapes += _multiplying_scales(problem)
     for shape in shapes:
-        config = with_most_stages(problem, shape, MOST_STAGES)
+        config = with_most_stages(problem, shape, _most_stages(problem, shape))
         if config is not None:
             yield _with_bands(problem, config)
 
@@ -55,9 +55,9 @@ def _with_bands(problem: GemmProblem, config: GemmConfig) -> GemmConfig:
     """The configuration with bands of tiles as wide, and along the axis, as is best for a dense product.
 
     An output that is larger than the operands drives them out of the L2 cache. In bands of eight tiles along n, of all
-    rows each, rhs comes from memory once: high tiles then take 1 to 18 % less time (H100, five shapes), and those of 256
-    rows up to 3 % less where rhs is the smaller operand. Others were fastest in bands of as many rows as high tiles have in eight, but
-    for outputs that are far larger.
+    rows each, rhs comes from memory once: high tiles then take 1 to 18 % less time (H100, five shapes), and those of
+    256 rows up to 3 % less where rhs is the smaller operand. Others were fastest in bands of as many rows as high tiles
+    have in eight, but for outputs that are far larger.
     """
     if problem.kind != "dense" or config.swap_operands or all_scales_per_row(problem):
         return config
@@ -69,8 +69,23 @@ def _with_bands(problem: GemmProblem, config: GemmConfig) -> GemmConfig:
     return config if is_high else dataclasses.replace(config, band=16)
 
 
-MOST_STAGES = 8
-"""More only keep more of the memory's queues busy: 1x4096x7168 takes 12.4 us with 8 stages, 13.4 with 24 (H100)."""
+MOST_STAGES = (8, 12)
+"""Most k tiles in flight: of any product; and where that is too few for `WEIGHTS_IN_FLIGHT`."""
+
+WEIGHTS_IN_FLIGHT = 8e6
+"""Bytes of weights that are best on their way from memory at once, in all. More only keep more of its queues busy: with
+weights read cold, 1x4096x7168 takes 12.4 us with 8 stages and 13.4 with 24, 64x7168x16384 43.1 with 8 and 44.6 with 12;
+64x4096x7168 in tiles of 64x32, half as many bytes, 13.9 and 13.5 (H100)."""
+
+
+def _most_stages(problem: GemmProblem, config: GemmConfig) -> int:
+    """How many k tiles to have in flight at most: if there are few rows, by the weights that are then on their way."""
+    few, many = MOST_STAGES
+    if problem.kind != "dense" or problem.m > 128:
+        return few
+    row_tiles, column_tiles = cdiv(problem.m, config.tile_m), cdiv(problem.n, config.tile_n) * config.split_k
+    of_a_stage = config.tile_n * SCALE_BLOCK * min(column_tiles, TYPICAL_SMS // row_tiles)
+    return min(many, max(few, int(WEIGHTS_IN_FLIGHT // of_a_stage)))
 
 
 class Extent(NamedTuple):
@@ -129,6 +144,13 @@ MULTIPLIED_TILE_MICROSECONDS = {1: 0.9, 2: 2.2}
 SPLIT_SCALES_MICROSECONDS = 2.0
 """Time of the kernel that splits scales for it: 1.7 to 2.4 us for 0.3 to 1 MB of them; H100."""
 
+TYPICAL_SMS = 132
+"""Streaming multiprocessors of an H100 SXM and an H200."""
+
+MISSING_ROW_MICROSECONDS = 0.0025
+"""What each row of a tile past the end of lhs, beyond 16 of them, adds to a k tile: the TMA fills them with zeros.
+16, 32, 48 and 64x4096x4096 take 11.6, 10.3, 9.1 and 9.1 us in tiles of 64x32 (H100)."""
+
 LATENCY_MICROSECONDS = 0.2
 """Least time of a k tile: wait, multiply, promote; one warpgroup alone takes longer (`_latency`)."""
 
@@ -168,6 +190,8 @@ def predicted_microseconds(problem: GemmProblem, config: GemmConfig, num_sms: in
         multiply = macs * _mac_where_scales_are_multiplied(problem, config)
     ingest = (config.tile_m + config.tile_n) * SCALE_BLOCK / SM_BYTES_PER_MICROSECOND
     k_tile = max(multiply, ingest, _latency(problem, config))
+    if problem.kind == "dense" and not config.swap_operands and problem.m < config.tile_m:
+        k_tile += max(0, config.tile_m - problem.m - 16) * MISSING_ROW_MICROSECONDS
     tile = _microseconds_beside_main_loop(problem, config)
     before = SPLIT_SCALES_MICROSECONDS if config.multiply_scales else 0.0
     memory = extent.products * (extent.m + problem.n) * extent.k / MEMORY_BYTES_PER_MICROSECOND

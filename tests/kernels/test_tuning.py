@@ -270,3 +270,19 @@ def test_weight_gradients_get_the_tiles_that_were_fastest(m, n, k, out, tile, mu
 def test_k_grouped_products_get_the_tiles_that_were_fastest(m, n, groups):
     config = choose_config(problem(m, n, 32768, ROW, jnp.float32, "k_grouped", num_groups=groups), 132)
     assert (config.tile_m, config.tile_n, config.multiply_scales) == (256, 104, True)
+
+
+@pytest.mark.parametrize(
+    "m, n, k, fastest",
+    [  # the fastest, and those within 2 % of it, in benchmarks/results/few-rows-h100.json
+        (16, 4096, 4096, [(16, 64, 8), (16, 64, 12)]),  # 64x32 leaves 48 rows for the TMA to fill: 36 % slower
+        (32, 4096, 4096, [(32, 64, 8), (32, 64, 12)]),
+        (64, 4096, 7168, [(64, 32, 12)]),
+        (128, 4096, 7168, [(64, 64, 12), (64, 64, 10)]),
+        (64, 7168, 16384, [(64, 64, 8)]),
+        (64, 24576, 1536, [(64, 64, 8), (64, 64, 12)]),
+    ],
+)
+def test_few_rows_get_the_tiles_and_stages_that_were_fastest(m, n, k, fastest):
+    config = choose_config(problem(m, n, k), 132)
+    assert (config.tile_m, config.tile_n, config.stages) in fastest
