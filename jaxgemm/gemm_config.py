@@ -106,8 +106,8 @@ def why_invalid(problem: GemmProblem, config: GemmConfig) -> str | None:
         'it needs 284784 bytes of shared memory, a block has 232448'
     """
     rows, columns, warpgroups = config.tile_rows, config.tile_columns, config.warpgroups
-    along_k = problem.kind in ("k_grouped", "k_masked")
-    if problem.kind != "dense" and (config.split_k > 1 or config.band_along_n or (config.share > 1 and not along_k)):
+    shares = config.share > 1 and problem.kind != "k_grouped"
+    if problem.kind != "dense" and (shares or config.split_k > 1 or config.band_along_n):
         return f"{problem.kind} groups take no such clusters, and bands along m: {config}"
     if problem.kind == "grouped" and not config.swap_operands and columns * problem.out_dtype.itemsize % SWIZZLE_BYTES:
         return f"rows of a group's end are stored {SWIZZLE_BYTES} bytes at a time: {columns} columns are no multiple"
@@ -239,7 +239,8 @@ def when_scales_are_read(problem: GemmProblem, config: GemmConfig) -> ScalesAreR
     With 1x128 blocks on both sides each warp reads a scale for every column, and multiplies each element twice. Two
     waves of rows share what they read, so it is read before both. One wave has registers for the products of scales,
     and makes them while the tensor core works; with turns that is 2 to 20 % faster (H200, 128x128 tiles). Too many
-    scales would crowd out the sums, and are read for each wave when its product is done.
+    scales would crowd out the sums, and are read for each wave when its product is done. Where the tensor core
+    multiplies them with each other, no warp reads those of columns.
     """
     if config.multiply_scales:
         return "multiplied"
