@@ -2,17 +2,14 @@ import importlib.metadata
 import os
 import tempfile
 
-# Eight devices, for the tests of sharding; and on a GPU, XLA's own products need not be fast: choosing among them takes
-# seconds for each shape. Modules for LLVM cost more by the piece than their functions do. Read when JAX first looks for
-# devices.
+# Eight devices, for the tests of sharding; on a GPU, XLA's own products need not be fast: choosing among them takes
+# seconds for each shape. Most of the rest is compiling for a CPU: in one piece, and by XLA 0.10's older emitters of
+# loops, which compute the same, that takes half as long; newer XLA has them no more, and refuses flags that it does not
+# know. Read when JAX first looks for devices.
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_force_host_platform_device_count=8 --xla_gpu_autotune_level=0 --xla_cpu_parallel_codegen_split_count=1",
-)
-# Emitting loops by way of MLIR takes half of the time of a compilation for a CPU. What it replaced computes the same in
-# none of that time; newer XLA has it no more, and refuses flags that it does not know.
-os.environ["XLA_FLAGS"] += (
-    " --xla_cpu_use_fusion_emitters=false" if importlib.metadata.version("jaxlib").startswith("0.10.") else ""
+    "--xla_force_host_platform_device_count=8 --xla_gpu_autotune_level=0 --xla_cpu_parallel_codegen_split_count=1"
+    + (" --xla_cpu_use_fusion_emitters=false" if importlib.metadata.version("jaxlib").startswith("0.10.") else ""),
 )
 # Threads of XLA's CPU pool. The interpreter of GPU kernels blocks one for every warpgroup that waits at a barrier,
 # and hangs on a machine of two cores, where there would be two.
