@@ -3,7 +3,6 @@
 A tile is computed from a *rows* operand (the M side of wgmma) and a *columns* operand (its N side), both K-major.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -122,13 +121,10 @@ def compute_tile(
     Returns:
         The float32 sums, one list of column chunks `[64, chunk]` a wave, and the next stage.
     """
-    rows, columns, tile = scales.rows, scales.columns, scales.tile
+    columns, tile = scales.columns, scales.tile
     chunk = chunk_columns(columns[0])
     first_row = scales.warpgroup * (num_waves * WAVE_ROWS)
     wave_rows = [first_row + wave * WAVE_ROWS for wave in range(num_waves)]
-
-    def products_of_scales_read(place, row):
-        return factors(scales.of_rows(place, row), *scales.of_columns(place))
 
     def accumulate_k_tile(step, carry):
         slot, sums, recycled = carry
@@ -137,26 +133,17 @@ def compute_tile(
             row_scales, column_scales = [scales.of_rows(place, row) for row in wave_rows], scales.of_columns(place)
         new_sums = []
         for wave, row in enumerate(wave_rows):
-            operands = rows[1].values_smem, columns[1].values_smem, slot, row
-            if scales_are_read == "multiplied":
-                recycled = multiply.wave_and_scales(
-                    *operands, columns[1].scales_smem, scales.of_rows(place, row), recycled
-                )
-                product, products_of_scales = recycled
-            else:
-                read = functools.partial(products_of_scales_read, place, row) if scales_are_read == "during" else None
-                product, products_of_scales = multiply.wave(*operands, *recycled, meanwhile=read)
-                recycled = (product,)
+            recycled, products_of_scales = _multiply(scales, place, row, recycled, multiply, scales_are_read)
             if frees_early(scales_are_read) and wave == num_waves - 1:
                 plgpu.barrier_arrive(empty_barrier.at[slot])
             if products_of_scales is not None:
-                new_sums.append([sums[wave][0] + product * products_of_scales])
+                new_sums.append([sums[wave][0] + recycled[0] * products_of_scales])
                 continue
             if scales_are_read == "after":
                 of_wave = scales.of_rows(place, row), scales.of_columns(place)
             else:
                 of_wave = row_scales[wave], column_scales
-            new_sums.append(promote(product, sums[wave], *of_wave))
+            new_sums.append(promote(recycled[0], sums[wave], *of_wave))
         if not frees_early(scales_are_read):
             plgpu.barrier_arrive(empty_barrier.at[slot])
         return next_slot(slot, stages), new_sums, recycled
@@ -174,6 +161,28 @@ def compute_tile(
     if rows_counted is not None:
         slot = pass_over(tile.k.num_tiles - k_tiles, stages, full_barrier, empty_barrier, slot)
     return sums, slot
+
+
+def _multiply(
+    scales: TileScales, place: Any, row: jax.Array, recycled: Any, multiply: Multiply, scales_are_read: ScalesAreRead
+) -> tuple[Any, jax.Array | None]:
+    """Multiplies one wave of a k tile, whose scales and stage are at `place`, over registers that are to be recycled.
+
+    Returns:
+        The registers to recycle next, the product first; and what to multiply it by, if that was made beside it.
+    """
+    operands = scales.rows[1].values_smem, scales.columns[1].values_smem, place.slot, row
+    if scales_are_read == "multiplied":
+        parts = scales.columns[1].scales_smem
+        recycled = multiply.wave_and_scales(*operands, parts, scales.of_rows(place, row), recycled)
+        return recycled, recycled[1]
+
+    def products_of_scales():
+        return factors(scales.of_rows(place, row), *scales.of_columns(place))
+
+    meanwhile = products_of_scales if scales_are_read == "during" else None
+    product, beside = multiply.wave(*operands, *recycled, meanwhile=meanwhile)
+    return (product,), beside
 
 
 def for_each_k_tile(
