@@ -40,6 +40,9 @@ MAX_FACTOR_COLUMNS = 128
 MAX_MULTIPLIED_REGISTERS = 216
 """The most for sums, one product and the products of its scales: 128x144 and 256x104."""
 
+SCALE_PARTS = 4
+"""Numbers that a scale of a column is given by, where the tensor core multiplies it."""
+
 ScalesAreRead = Literal["before", "during", "after", "multiplied"]
 """When a k tile's scales are read, beside the product of a wave; "multiplied" by the tensor core: those of columns
 not at all, those of rows before."""
@@ -153,15 +156,13 @@ def _bytes_before_staging(problem: GemmProblem, config: GemmConfig) -> int:
     """Shared memory of a block apart from where it stages the output."""
     k_tiles = cdiv(problem.k, SCALE_BLOCK)
     total = 0
-    for tile, shape in zip((config.tile_m, config.tile_n), block_shapes(problem), strict=True):
+    numbers_a_scale = 1, SCALE_PARTS if config.multiply_scales else 1
+    tiles = config.tile_m, config.tile_n
+    for tile, shape, numbers in zip(tiles, block_shapes(problem), numbers_a_scale, strict=True):
         blocks = cdiv(SCALE_BLOCK - math.gcd(tile, SCALE_BLOCK) + tile, SCALE_BLOCK)
-        by_row = 4 * config.stages * align_up(tile, 32)
+        by_row = 4 * config.stages * (align_up(tile, 32) if numbers == 1 else tile * numbers)
         by_block = 4 * config.warpgroups * blocks * align_up(k_tiles, 128)
         total += _aligned(config.stages * tile * SCALE_BLOCK) + _aligned(by_row if shape[0] == 1 else by_block)
-    if config.multiply_scales:  # four numbers a column, not one
-        total += _aligned(16 * config.stages * config.tile_n) - _aligned(
-            4 * config.stages * align_up(config.tile_n, 32)
-        )
     if config.split_k > 1:
         total += _aligned(4 * config.warpgroups * WAVE_ROWS * partial_pitch(config.tile_columns)) + 16
     if problem.has_bias:
@@ -256,7 +257,8 @@ def takes_turns(problem: GemmProblem, config: GemmConfig) -> bool:
 
     Measured on an H200 with 1x128 blocks on both sides: 128x128 (scales read during the product) 14 to 19 % faster
     with turns, 128x160 0 to 20 %, 256x96 5 to 14 %, 256x112 0 to 11 % in bfloat16 and 3 to 6 % slower in float32.
-    With 128x128 blocks on one side, or scales that the tensor core multiplies, the promotion is short: turns cost 2 %.
+    With 128x128 blocks on one side the promotion is short, and turns cost 2 %. Where the tensor core multiplies the
+    scales, 128x128 and 256x104 in turn are 2 to 5 % slower than those that wait ahead (H100).
     """
     if not all_scales_per_row(problem) or not _every_warpgroup_multiplies(problem, config) or config.warpgroups == 1:
         return False
@@ -272,7 +274,9 @@ def waits_ahead(problem: GemmProblem, config: GemmConfig) -> bool:
 
     The answer takes some 50 cycles, which the promotion then hides: beside storing warps 4096x4096x7168 takes 173.5 us
     with it and 183.0 without (H100). With 1x128 blocks on both sides two of four tiles were 2 and 5 % slower with it,
-    the others 0 and 1 % faster; where the tensor core multiplies the scales all are, by 1 to 4 %.
+    the others 0 and 1 % faster. Where the tensor core multiplies the scales, those of float32 are 0 to 4 % faster with
+    it; 128x128 and 128x144 in bfloat16, which shared no loads, were 5 and 3 % slower, and with shared loads have only
+    been timed with it.
     """
     return not all_scales_per_row(problem) or config.multiply_scales
 

@@ -181,17 +181,7 @@ def predicted_microseconds(problem: GemmProblem, config: GemmConfig, num_sms: in
     clusters = max(1, num_sms // (config.split_k * config.share))
     waves = cdiv(cdiv(tiles, config.share), clusters)
     k_tiles = cdiv(cdiv(extent.k, SCALE_BLOCK), config.split_k)
-    per_row = all_scales_per_row(problem)
-    narrow = 1 + max(0, (96 if per_row else 128) - config.tile_columns) / 256
-    shallow = _shallow(problem, config)
-    macs = config.tile_rows * max(config.tile_columns, 16)  # a k tile's, in units of its depth
-    chunks = config.tile_columns // math.gcd(config.tile_columns, SCALE_BLOCK)
-    is_later = problem.kind == "dense" and not per_row  # measured with the later main loop, see MAC_MICROSECONDS
-    promote = _promotion_of_rows(problem, config) if per_row else 1 + (0.01 if is_later else 0.02) * (chunks - 1)
-    promote *= 1.5 if config.swap_operands and config.tile_columns > 64 else 1.0  # measured at 128 rows, 7168x16384
-    multiply = macs * (MAC_MICROSECONDS if is_later else OLDER_MAC_MICROSECONDS) * narrow * shallow * promote
-    if config.multiply_scales:
-        multiply = macs * _mac_where_scales_are_multiplied(problem, config)
+    multiply = config.tile_rows * max(config.tile_columns, 16) * _mac_microseconds(problem, config)
     ingest = (config.tile_m + config.tile_n) * SCALE_BLOCK / SM_BYTES_PER_MICROSECOND
     k_tile = max(multiply, ingest, _latency(problem, config))
     if problem.kind == "dense" and not config.swap_operands and problem.m < config.tile_m:
@@ -206,6 +196,25 @@ def predicted_microseconds(problem: GemmProblem, config: GemmConfig, num_sms: in
     return before + max(waves * (k_tiles * k_tile + tile), memory + after_last_bytes) + split
 
 
+def _mac_microseconds(problem: GemmProblem, config: GemmConfig) -> float:
+    """Time of a k tile for each element of the tile, where the tensor core and the promotion take it."""
+    if config.multiply_scales:
+        each = MULTIPLIED_MAC_MICROSECONDS[min(config.num_waves, 2)]
+        if config.num_waves == 1:
+            return each
+        # 256x80 takes 3 % more of it, high tiles in bfloat16 3 % less.
+        return each * (1 + (104 - config.tile_columns) / 800) * (0.97 if problem.out_dtype.itemsize < 4 else 1.0)
+    per_row = all_scales_per_row(problem)
+    narrow = 1 + max(0, (96 if per_row else 128) - config.tile_columns) / 256
+    chunks = config.tile_columns // math.gcd(config.tile_columns, SCALE_BLOCK)
+    is_later = problem.kind == "dense" and not per_row  # measured with the later main loop, see MAC_MICROSECONDS
+    promote = _promotion_of_rows(problem, config) if per_row else 1 + (0.01 if is_later else 0.02) * (chunks - 1)
+    promote *= 1.5 if config.swap_operands and config.tile_columns > 64 else 1.0  # measured at 128 rows, 7168x16384
+    shared = 1.0 if config.share == 1 else 0.98 if config.warpgroups == 3 else 0.995
+    each = MAC_MICROSECONDS if is_later else OLDER_MAC_MICROSECONDS
+    return each * narrow * _shallow(problem, config) * promote * shared
+
+
 def _shallow(problem: GemmProblem, config: GemmConfig) -> float:
     """Time of a k tile of two waves in all, which read more for each product, beside one of three or four."""
     few_waves = config.num_waves * config.warpgroups <= 2
@@ -213,16 +222,7 @@ def _shallow(problem: GemmProblem, config: GemmConfig) -> float:
         return 1.05 if few_waves and config.tile_columns <= 128 and problem.kind != "k_grouped" else 1.0
     if problem.kind != "dense":
         return 1.1 if few_waves and config.tile_columns <= 128 else 1.0
-    shared = 1.0 if config.share == 1 else 0.98 if config.warpgroups == 3 else 0.995
-    return shared * (1.03 if not few_waves else 1.12 if config.tile_columns < 192 else 1.0)
-
-
-def _mac_where_scales_are_multiplied(problem: GemmProblem, config: GemmConfig) -> float:
-    """Time of a k tile for each element of the tile: 256x80 takes 3 % more of it, high tiles in bfloat16 3 % less."""
-    each = MULTIPLIED_MAC_MICROSECONDS[min(config.num_waves, 2)]
-    if config.num_waves == 1:
-        return each
-    return each * (1 + (104 - config.tile_columns) / 800) * (0.97 if problem.out_dtype.itemsize < 4 else 1.0)
+    return 1.03 if not few_waves else 1.12 if config.tile_columns < 192 else 1.0
 
 
 def _promotion_of_rows(problem: GemmProblem, config: GemmConfig) -> float:

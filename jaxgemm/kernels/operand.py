@@ -10,14 +10,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jaxgemm.gemm_config import SCALE_PARTS
 from jaxgemm.kernels.wave import OPERAND_TRANSFORMS, TILE_K, load
 from jaxgemm.layout import align_up, cdiv
 
 SCALE_BLOCK_ROWS = 128
 SLAB_ALIGNMENT = 32
-
-SCALE_PARTS = 4
-"""Numbers that a scale is given by, where the tensor core multiplies it (`jaxgemm.kernels.scale_products`)."""
 
 
 @dataclasses.dataclass(frozen=True)

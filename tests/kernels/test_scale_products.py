@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgemm.kernels.operand import SCALE_PARTS
+from jaxgemm.gemm_config import SCALE_PARTS
 from jaxgemm.kernels.scale_products import DROPPED_BITS, split_scales
 
 RANDOM = np.exp(np.random.default_rng(0).normal(0, 20, (3, 1000))).astype(np.float32)
