@@ -62,8 +62,8 @@ class GemmConfig:
         split_k: blocks of a cluster that sum parts of k of the same tile; only if swapped.
         band: width of a band of tiles walked together, to reuse the L2 cache.
         band_along_n: whether bands are so many tiles of n wide, not of m.
-        masked_store: whether an output whose rows are no multiple of 16 bytes is stored element by element; else it is
-            stored padded, and cut to size by a copy.
+        masked_store: whether an output whose rows are no multiple of 16 bytes is stored without TMA
+            (`jaxgemm.kernels.masked_store`); else it is stored padded, and cut to size by a copy.
         multiply_scales: whether the tensor core multiplies the scales of rows with those of columns
             (`jaxgemm.kernels.scale_products`); only if both operands have 1x128 blocks.
     """
@@ -173,13 +173,14 @@ def _bytes_before_staging(problem: GemmProblem, config: GemmConfig) -> int:
 
 
 def stores_masked(problem: GemmProblem, config: GemmConfig) -> bool:
-    """Whether the output is stored element by element, since TMA cannot address its rows."""
+    """Whether the output is stored without TMA, which cannot address its rows."""
     return config.masked_store and problem.n * problem.out_dtype.itemsize % 16 != 0
 
 
 def stores_by_warp(problem: GemmProblem, config: GemmConfig) -> bool:
     """Whether a warp stores what a compute warpgroup has staged, while that goes on with its next tile."""
-    return not config.swap_operands and not stores_masked(problem, config)
+    del problem
+    return not config.swap_operands
 
 
 def staged_chunks(problem: GemmProblem, config: GemmConfig) -> int:

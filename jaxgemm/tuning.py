@@ -36,12 +36,8 @@ def candidates(problem: GemmProblem) -> Iterator[GemmConfig]:
 
 
 def _share(problem: GemmProblem, tile_m: int, tile_n: int) -> int:
-    """Blocks that share the loads of rows: two of high tiles, if all of them find a partner; 0 to 5 % less time.
-
-    Outputs that are stored element by element have not run on a GPU with shared loads, and go without.
-    """
+    """Blocks that share the loads of rows: two of high tiles, if all of them find a partner; 0 to 5 % less time."""
     may = problem.kind == "dense" and not all_scales_per_row(problem) and tile_m > 128
-    may = may and problem.n * problem.out_dtype.itemsize % 16 == 0
     return 2 if may and cdiv(problem.n, tile_n) % 2 == 0 else 1
 
 
@@ -60,15 +56,16 @@ def _with_bands(problem: GemmProblem, config: GemmConfig) -> GemmConfig:
 
     An output that is larger than the operands drives them out of the L2 cache. In bands of eight tiles along n, of all
     rows each, rhs comes from memory once: high tiles then take 1 to 18 % less time (H100, five shapes), and those of
-    256 rows up to 3 % less where rhs is the smaller operand. Others were fastest in bands of as many rows as high tiles
-    have in eight, but for outputs that are far larger.
+    256 rows up to 3 % less where rhs is not the larger operand. Others were fastest in bands of as many rows as high
+    tiles have in eight, but for outputs that are far larger.
     """
     if problem.kind != "dense" or config.swap_operands or all_scales_per_row(problem):
         return config
     out = problem.m * problem.n * problem.out_dtype.itemsize
     operands = (problem.m + problem.n) * problem.k
     is_high = config.tile_m > 128
-    if out > operands * (1 if is_high else 10) or (config.tile_m > 192 and problem.n < problem.m):
+    larger = out >= operands if is_high else out > 10 * operands
+    if larger or (config.tile_m > 192 and problem.n <= problem.m):
         return dataclasses.replace(config, band_along_n=True)
     return config if is_high else dataclasses.replace(config, band=16)
 
@@ -280,8 +277,11 @@ def choose_config(problem: GemmProblem, num_sms: int) -> GemmConfig:
 
 
 def _stores_masked(problem: GemmProblem, config: GemmConfig) -> bool:
-    """Whether an output with odd rows is stored from registers; 2 % faster at 4097x4100x7100, in bfloat16.
+    """Whether an output with odd rows is stored without TMA: wherever a GPU has done so.
 
-    It has run on a GPU for two-byte outputs that one block sums; others keep to the padded copy until it has for them.
+    By storing warps, that is for all dtypes. Tiles that are computed transposed have stored two bytes an element so, of
+    products that one block sums; others keep to the padded copy.
     """
-    return problem.out_dtype.itemsize == 2 and config.split_k == 1 and problem.n * 2 % 16 != 0
+    if problem.n * problem.out_dtype.itemsize % 16 == 0:
+        return False
+    return not config.swap_operands or (problem.out_dtype.itemsize == 2 and config.split_k == 1)

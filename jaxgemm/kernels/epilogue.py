@@ -114,7 +114,7 @@ class Staging(NamedTuple):
 
 
 def stage_waves(waves: list[list[jax.Array]], out_smem: Any, staging: Staging) -> None:
-    """Stages the waves of a warpgroup, each `[64, tile_columns]` of the output, for `store_staged`.
+    """Stages the waves of a warpgroup, each `[64, tile_columns]` of the output, for `for_each_staged`.
 
     Args:
         waves: float32 chunks `[64, chunk]` of each wave.
@@ -131,40 +131,67 @@ def stage_waves(waves: list[list[jax.Array]], out_smem: Any, staging: Staging) -
         plgpu.barrier_arrive(staging.full)
 
 
-def store_staged(
+class StagedChunk(NamedTuple):
+    """What of a tile a chunk of the staging buffer holds: rows of a wave, columns from `start` on.
+
+    Attributes:
+        index: number of the chunk in the warpgroup's part of the buffer.
+        wave: number of the wave.
+        start: first column within the tile.
+    """
+
+    index: int
+    wave: int
+    start: int
+
+
+def for_each_staged(
+    out_smem: Any, num_waves: int, columns: int, staging: Staging, store: Callable[[list[StagedChunk]], None]
+) -> None:
+    """Calls `store` with what `stage_waves` stages of a tile, as often as it does, for the warp that stores it.
+
+    Args:
+        out_smem: the warpgroup's part of the buffer.
+        num_waves: waves of the warpgroup.
+        columns: of the tile.
+        staging: the warpgroup's barriers.
+        store: stores chunks; when it returns, their part of the buffer may be written again.
+    """
+    num_chunks, chunk = out_smem.shape[0], out_smem.shape[-1]
+    places = [(wave, start) for wave in range(num_waves) for start in range(0, columns, chunk)]
+    for first in range(0, len(places), num_chunks):
+        staged = [StagedChunk(index, *place) for index, place in enumerate(places[first : first + num_chunks])]
+        plgpu.barrier_wait(staging.full)
+        store(staged)
+        plgpu.barrier_arrive(staging.empty)
+
+
+def store_chunks(
+    chunks: list[StagedChunk],
     out_smem: Any,
     out_gmem: Any,
     rows: list[jax.Array],
     column: jax.Array,
-    columns: int,
     rows_left: list[Any],
-    staging: Staging,
     adds: bool = False,
 ) -> None:
-    """Stores what `stage_waves` stages of a tile, for the warp that does so; the TMA clips what is past the output.
+    """Stores staged chunks by TMA, which clips what is past the output, and waits until it has read them.
 
     Args:
+        chunks: what is staged.
         out_smem: the warpgroup's part of the buffer.
         out_gmem: the output `[m, n]`.
         rows: first row of the output of each wave.
-        column: first column of the output.
-        columns: of the tile.
+        column: first column of the output of the tile.
         rows_left: of each wave, how many rows to store, at most (int32 scalar; may be negative); None for all.
-        staging: the warpgroup's barriers.
         adds: whether to add to what the output holds; each element once, so the result is the same in every run.
     """
-    num_chunks, chunk = out_smem.shape[0], out_smem.shape[-1]
-    places = [(wave, start) for wave in range(len(rows)) for start in range(0, columns, chunk)]
-    for first in range(0, len(places), num_chunks):
-        staged = places[first : first + num_chunks]
-        plgpu.barrier_wait(staging.full)
-        for wave in sorted({wave for wave, _ in staged}):
-            of_wave = [(index, start) for index, (of, start) in enumerate(staged) if of == wave]
-            store = functools.partial(_store_chunks, out_smem, out_gmem, rows[wave], column, of_wave, adds)
-            _store_ladder(store, WAVE_ROWS, rows_left[wave])
-        plgpu.commit_smem_to_gmem_group()
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        plgpu.barrier_arrive(staging.empty)
+    for wave in sorted({chunk.wave for chunk in chunks}):
+        of_wave = [chunk for chunk in chunks if chunk.wave == wave]
+        store = functools.partial(_store_chunks, out_smem, out_gmem, rows[wave], column, of_wave, adds)
+        _store_ladder(store, WAVE_ROWS, rows_left[wave])
+    plgpu.commit_smem_to_gmem_group()
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def _store_chunks(
@@ -172,13 +199,13 @@ def _store_chunks(
     out_gmem: Any,
     row: Any,
     column: Any,
-    places: list[tuple[int, int]],
+    chunks: list[StagedChunk],
     adds: bool,
     offset: Any,
     length: int,
 ) -> None:
-    """Starts to store `length` rows from `offset` on of staged chunks, each `(where it is staged, its column)`."""
-    for index, start in places:
+    """Starts to store `length` rows from `offset` on of staged chunks of one wave."""
+    for index, _, start in chunks:
         window = out_gmem.at[pl.ds(row + offset, length), pl.ds(column + start, out_smem.shape[-1])]
         source = out_smem.at[index, pl.ds(offset, length)]
         plgpu.copy_smem_to_gmem(source, window, commit_group=False, reduction_op="add" if adds else None)
@@ -187,7 +214,7 @@ def _store_chunks(
 def store_wave_transposed(
     sums: list[jax.Array], out_smem: Any, out_gmem: Any, row: jax.Array, column: jax.Array, rows_left: Any = None
 ) -> None:
-    """Stores one wave `[64, tile_columns]` as `[tile_columns, 64]` of the output; arguments as for `store_waves`."""
+    """Stores one wave `[64, tile_columns]` as `[tile_columns, 64]` of the output; arguments as for `store_chunks`."""
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     first = 0
     for part in sums:

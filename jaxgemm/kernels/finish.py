@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxgemm.kernels import epilogue
-from jaxgemm.kernels.masked_store import store_masked
+from jaxgemm.kernels.masked_store import Limits, store_transposed
 from jaxgemm.kernels.plan import Plan
 from jaxgemm.kernels.schedule import Tile
 from jaxgemm.kernels.wave import WAVE_ROWS
@@ -17,6 +17,20 @@ from jaxgemm.kernels.wave import WAVE_ROWS
 def output_of(plan: Plan, out_gmem: Any, tile: Tile) -> Any:
     """The output `[m, n]`, of the tile's group if there is one for each."""
     return out_gmem.at[tile.group] if len(plan.out_shape) == 3 else out_gmem
+
+
+def limits_of(plan: Plan, tile: Tile, row: Any, column: Any) -> Limits:
+    """Where in the output what starts at `row` and `column` of a tile goes, and how much of it, if TMA cannot clip."""
+    problem = plan.problem
+    start_m, start_n, offset_m, offset_n = tile.row_start, tile.column_start, row, column
+    if plan.config.swap_operands:
+        start_m, start_n, offset_m, offset_n = start_n, start_m, offset_n, offset_m
+    rows_left = problem.m - start_m - offset_m
+    if plan.stores_ragged:
+        rows_left = lax.min(rows_left, tile.rows_left - offset_m)
+    first_row_of_group = tile.group * problem.m if len(plan.out_shape) == 3 else 0
+    column = start_n + offset_n
+    return Limits(first_row_of_group + start_m + offset_m, column, rows_left, problem.n - column)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +63,7 @@ class Finish:
         epilogue.stage_waves(finished, self.out_smem, self.staging)
 
     def wave(self, parts: list[jax.Array], tile: Tile, row: Any, column: Any) -> None:
-        """Stores one wave of a tile that is computed transposed or stored masked; it starts at `row` and `column`."""
+        """Stores one wave of a tile that is computed transposed; it starts at `row` and `column`."""
         plan = self.plan
         parts = self._finish(parts, tile, row, column, self._load_bias(parts, row))
         if plan.stores_masked:
@@ -79,16 +93,8 @@ class Finish:
         return parts
 
     def _store_masked(self, parts: list[jax.Array], tile: Tile, row: Any, column: Any) -> None:
-        """Stores one wave element by element."""
-        plan, problem, swap = self.plan, self.plan.problem, self.plan.config.swap_operands
-        first_group_row = tile.group * problem.m if len(plan.out_shape) == 3 else 0
-        start_m, start_n = (tile.column_start, tile.row_start) if swap else (tile.row_start, tile.column_start)
+        """Stores one wave of a tile that is computed transposed, element by element."""
         for part in parts:
-            offset_m, offset_n = (column, row) if swap else (row, column)
-            rows_left = problem.m - start_m - offset_m
-            if plan.stores_ragged:
-                rows_left = lax.min(rows_left, tile.rows_left - offset_m)
-            place = first_group_row + start_m + offset_m, start_n + offset_n
-            columns_left = problem.n - place[1]
-            store_masked(part.astype(problem.out_dtype), self.out_gmem, *place, rows_left, columns_left, swap)
+            limits = limits_of(self.plan, tile, row, column)
+            store_transposed(part.astype(self.plan.problem.out_dtype), self.out_gmem, limits)
             column = column + part.shape[1]

@@ -16,7 +16,7 @@ multiplies them), kept 128x128 scales, the bias of a tile, and what each compute
 Barriers: `full[stage]`: TMA copies arrive, compute warpgroups wait. `empty[stage]`: compute warpgroups arrive, the
 loading warp waits. `bias_full`, `bias_empty`: the same for the bias of a tile. `staged_full[warpgroup]`: a compute
 warpgroup arrives when it has staged, its storing warp waits. `staged_empty[warpgroup]`: the reverse, when the staged
-part may be written again. Tiles that are computed transposed, or stored element by element, have no storing warps.
+part may be written again. Tiles that are computed transposed have no storing warps.
 """
 
 import contextlib
@@ -33,9 +33,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxgemm.gemm_config import GemmConfig
 from jaxgemm.kernels import epilogue, split_k
-from jaxgemm.kernels.finish import Finish, output_of
+from jaxgemm.kernels.finish import Finish, limits_of, output_of
 from jaxgemm.kernels.group_schedule import scales_by_group
 from jaxgemm.kernels.mainloop import Multiply, compute_tile, drain, load_tile
+from jaxgemm.kernels.masked_store import store_staged_rows
 from jaxgemm.kernels.operand import Operand, OperandRefs, keep_block_scales, load_block_scales
 from jaxgemm.kernels.plan import Plan, make_plan, scratch_types
 from jaxgemm.kernels.promotion import TileScales
@@ -111,19 +112,29 @@ def store_role(
     plan: Plan, schedule: TileSchedule, warpgroup: Any, out_gmem: Any, smem: dict[str, Any], adds: bool
 ) -> None:
     """A storing warp: brings to the output what its compute warpgroup has staged of each tile."""
-    staging = staging_of(plan, warpgroup, smem)
+    staging, out_smem = staging_of(plan, warpgroup, smem), smem["out_smem"].at[warpgroup]
     first_row = warpgroup * (plan.num_waves * WAVE_ROWS)
+    rows_in_tile = [first_row + wave * WAVE_ROWS for wave in range(plan.num_waves)]
 
     def store_one_tile(tile, upcoming, carry):
         del upcoming
-        rows = [first_row + wave * WAVE_ROWS for wave in range(plan.num_waves)]
-        rows_left = [tile.rows_left - row if plan.stores_ragged else None for row in rows]
-        starts = [tile.row_start + row for row in rows]
-        out, columns = output_of(plan, out_gmem, tile), plan.columns.tile
-        epilogue.store_staged(
-            smem["out_smem"].at[warpgroup], out, starts, tile.column_start, columns, rows_left, staging, adds
-        )
+        rows_left = [tile.rows_left - row if plan.stores_ragged else None for row in rows_in_tile]
+        rows, out = [tile.row_start + row for row in rows_in_tile], output_of(plan, out_gmem, tile)
+
+        def store(chunks):
+            if plan.stores_masked:
+                copy_rows(tile, chunks)
+            else:
+                epilogue.store_chunks(chunks, out_smem, out, rows, tile.column_start, rows_left, adds)
+
+        epilogue.for_each_staged(out_smem, plan.num_waves, plan.columns.tile, staging, store)
         return carry
+
+    def copy_rows(tile, chunks):
+        chunks_before = warpgroup * out_smem.shape[0]
+        for index, wave, start in chunks:
+            limits = limits_of(plan, tile, rows_in_tile[wave], start)
+            store_staged_rows(smem["out_smem"], chunks_before + index, out_gmem, limits)
 
     plgpu.barrier_arrive(staging.empty)
     for_each_tile(schedule, store_one_tile, None)

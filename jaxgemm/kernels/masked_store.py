@@ -1,94 +1,185 @@
-"""Storing a wave straight from registers, element by element: for outputs whose rows TMA cannot address.
+"""Storing without TMA, which needs rows of a multiple of 16 bytes; others are stored padded and then copied, or so:
 
-TMA needs rows of a multiple of 16 bytes. Others are stored padded, and then copied by XLA; or as here.
+What is staged is copied by the storing warp, a row or two at a time, while its warpgroup goes on with the next tile.
+Tiles that are computed transposed are stored by the warpgroup itself, straight from registers, element by element.
 """
 
-from collections.abc import Callable
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
-from jaxgemm.kernels.wave import ACCUMULATOR_LAYOUT
+from jaxgemm.kernels.wave import ACCUMULATOR_LAYOUT, WAVE_ROWS, sync_warp
 
 LANES = 32
+LANE_BYTES = 8
+"""Most bytes that a lane copies at once: rows of a multiple of 16 are left to TMA."""
+
+UNROLLED = 8
+"""Loads from shared memory that a storing warp has in flight."""
+
 SCALAR = plgpu.Layout.WG_SPLAT(())
 
 
-def store_masked(
-    values: jax.Array, out_gmem: Any, row: Any, column: Any, rows_left: Any, columns_left: Any, transposed: bool
-) -> None:
-    """Stores `values [rows, columns]` to rows and columns of the output from `row` and `column` on, as far as allowed.
+class Limits(NamedTuple):
+    """Where values go in the output, and how many of their rows and columns.
 
-    Each warp stores eight rows of sixteen bytes at once (PTX ISA, register fragment of the wgmma accumulator).
-
-    Args:
-        values: `[64, width]` of the output's dtype, laid out as an accumulator; `[64, rows]` if transposed.
-        out_gmem: the output `[..., m, n]`, contiguous.
+    Attributes:
         row: first row, counted over all leading axes (int32 scalar).
         column: first column.
         rows_left: rows to store at most; may be negative.
         columns_left: columns to store at most; may be negative.
-        transposed: whether the rows of `values` are the output's columns.
+    """
+
+    row: Any
+    column: Any
+    rows_left: Any
+    columns_left: Any
+
+
+def store_transposed(values: jax.Array, out_gmem: Any, limits: Limits) -> None:
+    """Stores `values` of a tile that is computed transposed, from registers.
+
+    Each warp stores eight rows of sixteen bytes at once (PTX ISA, register fragment of the wgmma accumulator).
+
+    Args:
+        values: `[64, rows]` of the output's dtype, laid out as an accumulator; its rows are columns of the output.
+        out_gmem: the output `[..., m, n]`, contiguous.
+        limits: where they go, and how many.
     """
     pitch = out_gmem.shape[-1]
-    pairs = not transposed and pitch % 2 == 0  # else the second of two neighbours may not be aligned
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), ACCUMULATOR_LAYOUT, SCALAR, SCALAR, SCALAR, SCALAR))
-    def store(ctx, out, values, row, column, rows_left, columns_left):
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), ACCUMULATOR_LAYOUT, *[SCALAR] * 4))
+    def store(ctx, out, values, *limits):
         del ctx
-        fragment = _Fragment(out, values, pitch, transposed)
-        fragment.store(pairs, *(x.registers.flat[0] for x in (row, column, rows_left, columns_left)))
+        _Fragment(out, values, pitch).store(Limits(*(x.registers.flat[0] for x in limits)))
 
-    store(out_gmem, values, *(jnp.int32(x) for x in (row, column, rows_left, columns_left)))
+    store(out_gmem, values, *(jnp.int32(x) for x in limits))
+
+
+def store_staged_rows(out_smem: Any, chunk: Any, out_gmem: Any, limits: Limits) -> None:
+    """Stores one staged chunk, 64 rows, for the warp that does so; all its lanes must have waited for it.
+
+    Args:
+        out_smem: the whole staging buffer `[warpgroups, chunks, 64, chunk]`, its rows swizzled.
+        chunk: number of the chunk, counted over both leading axes.
+        out_gmem: the output `[..., m, n]`, contiguous.
+        limits: where it goes, and how much of it.
+    """
+    itemsize, pitch = jnp.dtype(out_gmem.dtype).itemsize, out_gmem.shape[-1]
+    *_, rows, columns = out_smem.shape
+    width = max(math.gcd(pitch * itemsize, LANE_BYTES), itemsize)  # bytes of a lane
+    units_of_row, swizzle = columns * itemsize // width, plgpu.SwizzleTransform(columns * itemsize)
+    steps = rows * units_of_row // LANES
+    assert steps % UNROLLED == 0, (rows, columns, width)  # or the last ones would copy rows of the next wave
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType((swizzle,)), plgpu.RefType(), *[SCALAR] * 6))
+    def copy(ctx, staged, out, chunk, step, *limits):
+        del ctx
+        copier = _Copier(staged, out, width, units_of_row, columns * itemsize, pitch * itemsize)
+        places = Limits(*(x.registers.flat[0] for x in limits))
+        copier.copy(chunk.registers.flat[0], step.registers.flat[0], places)
+
+    def copy_some(index, carry):
+        copy(out_smem, out_gmem, jnp.int32(chunk), index * UNROLLED, *(jnp.int32(x) for x in limits))
+        return carry
+
+    lax.fori_loop(0, steps // UNROLLED, copy_some, None)
+    plgpu.inline_mgpu()(lambda ctx: sync_warp())()
+
+
+class _Copier:
+    """A lane's part of `store_staged_rows`; a unit is what a lane copies at once."""
+
+    def __init__(self, staged: ir.Value, out: ir.Value, width: int, units_of_row: int, row_bytes: int, pitch: int):
+        self.i32, self.i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
+        self.staged, self.out = mgpu.utils.memref_ptr(staged), llvm.ptrtoint(self.i64, mgpu.utils.memref_ptr(out))
+        self.width, self.units_of_row, self.row_bytes, self.pitch = width, units_of_row, row_bytes, pitch
+        self.itemsize = mgpu.utils.bitwidth(ir.MemRefType(out.type).element_type) // 8
+        self.lane = arith.andi(mgpu.utils.thread_idx(), self._constant(LANES - 1))
+
+    def copy(self, chunk: ir.Value, first_step: ir.Value, limits: Limits) -> None:
+        """Copies what the warp does in `UNROLLED` steps: first all loads, then all stores."""
+        places = []
+        for step in range(UNROLLED):
+            first = arith.muli(arith.addi(first_step, self._constant(step)), self._constant(LANES))
+            unit, units_of_row = arith.addi(first, self.lane), self._constant(self.units_of_row)
+            places.append((arith.divui(unit, units_of_row), arith.remui(unit, units_of_row)))
+        values = [self._load(chunk, row, unit) for row, unit in places]
+        for (row, unit), value in zip(places, values, strict=True):
+            column = arith.muli(unit, self._constant(self.width // self.itemsize))
+            self._store(row, column, value, limits)
+
+    def _load(self, chunk: ir.Value, row: ir.Value, unit: ir.Value) -> ir.Value:
+        """Reads a unit, wherever the swizzle has put it: 16 bytes, moved within the row by the row's number."""
+        offset = arith.addi(
+            arith.muli(row, self._constant(self.row_bytes)), arith.muli(unit, self._constant(self.width))
+        )
+        moved = arith.andi(arith.shrui(offset, self._constant(3)), self._constant(self.row_bytes - 16))
+        offset = arith.addi(arith.xori(offset, moved), arith.muli(chunk, self._constant(self.row_bytes * WAVE_ROWS)))
+        i8 = ir.IntegerType.get_signless(8)
+        place = mgpu.utils.getelementptr(self.staged, [offset], i8)
+        return llvm.load(ir.IntegerType.get_signless(8 * self.width), place)
+
+    def _store(self, row: ir.Value, column: ir.Value, value: ir.Value, limits: Limits) -> None:
+        within = [
+            arith.cmpi(arith.CmpIPredicate.slt, place, limit)
+            for place, limit in ((row, limits.rows_left), (column, limits.columns_left))
+        ]
+        out_row, out_column = (
+            arith.extsi(self.i64, arith.addi(a, b)) for a, b in ((row, limits.row), (column, limits.column))
+        )
+        row_start = arith.muli(out_row, self._constant(self.pitch, self.i64))
+        offset = arith.addi(row_start, arith.muli(out_column, self._constant(self.itemsize, self.i64)))
+        bits, kind = 8 * self.width, {2: "h", 4: "r", 8: "l"}[self.width]
+        text = f"{{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.global.b{bits} [$0], $1; }}"
+        operands = [arith.addi(self.out, offset), value, arith.extui(self.i32, arith.andi(*within))]
+        void = ir.Type.parse("!llvm.void")
+        llvm.inline_asm(void, operands, text, f"l,{kind},r,~{{memory}}", asm_dialect=0, has_side_effects=True)
+
+    def _constant(self, value: int, kind: ir.Type | None = None) -> ir.Value:
+        kind = kind or self.i32
+        return arith.constant(kind, ir.IntegerAttr.get(kind, value))
 
 
 class _Fragment:
     """The registers of one thread, and where in the output they go."""
 
-    def __init__(self, out: ir.Value, values: mgpu.FragmentedArray, pitch: int, transposed: bool):
-        self.base, self.values, self.pitch, self.transposed = mgpu.utils.memref_ptr(out), values, pitch, transposed
+    def __init__(self, out: ir.Value, values: mgpu.FragmentedArray, pitch: int):
+        self.base, self.values, self.pitch = mgpu.utils.memref_ptr(out), values, pitch
         self.i32, self.i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
         thread = mgpu.utils.thread_idx()
         lane = arith.remui(thread, self._constant(LANES))
         warp = arith.remui(arith.divui(thread, self._constant(LANES)), self._constant(4))
-        self.first_row = arith.addi(arith.muli(warp, self._constant(16)), arith.divui(lane, self._constant(4)))
-        self.first_column = arith.muli(arith.remui(lane, self._constant(4)), self._constant(2))
+        self.first_column = arith.addi(arith.muli(warp, self._constant(16)), arith.divui(lane, self._constant(4)))
+        self.first_row = arith.muli(arith.remui(lane, self._constant(4)), self._constant(2))
 
-    def store(self, pairs: bool, row: ir.Value, column: ir.Value, rows_left: ir.Value, columns_left: ir.Value) -> None:
-        """Stores what lies within both limits, two neighbours at once if `pairs`."""
+    def store(self, limits: Limits) -> None:
+        """Stores what lies within both limits; the accumulator's rows are columns of the output."""
         for index, pair in enumerate(self.values.registers.flat):
-            offsets = [self.first_row, self.first_column]
-            offsets[0] = arith.addi(offsets[0], self._constant(8 * (index % 2)))
-            offsets[1] = arith.addi(offsets[1], self._constant(8 * (index // 2)))
-            for i in range(1 if pairs else 2):
-                place = [offsets[0], arith.addi(offsets[1], self._constant(i))]
-                within = place[::-1] if self.transposed else place
-                value = pair if pairs else self._element(pair, i)
-                self._store_if(
-                    [(within[0], rows_left), (within[1], columns_left)],
-                    lambda within=within, value=value: self._store_at(within, row, column, value),
+            column = arith.addi(self.first_column, self._constant(8 * (index % 2)))
+            for i in range(2):
+                row = arith.addi(self.first_row, self._constant(8 * (index // 2) + i))
+                within = (
+                    arith.cmpi(arith.CmpIPredicate.slt, place, limit)
+                    for place, limit in ((row, limits.rows_left), (column, limits.columns_left))
                 )
+                with mgpu.when(arith.andi(*within)):
+                    self._store_at(arith.addi(row, limits.row), arith.addi(column, limits.column), pair, i)
 
-    def _store_if(self, bounds: list[tuple[ir.Value, ir.Value]], store: Callable[[], None]) -> None:
-        first, second = (arith.cmpi(arith.CmpIPredicate.slt, offset, limit) for offset, limit in bounds)
-        with mgpu.when(arith.andi(first, second)):
-            store()
-
-    def _store_at(self, within: list[ir.Value], row: ir.Value, column: ir.Value, value: ir.Value) -> None:
-        wide = [arith.extsi(self.i64, arith.addi(a, b)) for a, b in zip(within, (row, column), strict=True)]
+    def _store_at(self, row: ir.Value, column: ir.Value, pair: ir.Value, index: int) -> None:
+        row, column = (arith.extsi(self.i64, place) for place in (row, column))
         pitch = arith.constant(self.i64, ir.IntegerAttr.get(self.i64, self.pitch))
-        offset = arith.addi(arith.muli(wide[0], pitch), wide[1])
-        element_type = self.values.mlir_dtype
-        llvm.store(value, mgpu.utils.getelementptr(self.base, [offset], element_type))
-
-    def _element(self, pair: ir.Value, index: int) -> ir.Value:
+        offset = arith.addi(arith.muli(row, pitch), column)
         position = ir.DenseI64ArrayAttr.get([index])
-        return vector.extract(pair, dynamic_position=[], static_position=position)
+        value = vector.extract(pair, dynamic_position=[], static_position=position)
+        llvm.store(value, mgpu.utils.getelementptr(self.base, [offset], self.values.mlir_dtype))
 
     def _constant(self, value: int) -> ir.Value:
         return arith.constant(self.i32, ir.IntegerAttr.get(self.i32, value))

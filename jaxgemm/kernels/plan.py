@@ -68,7 +68,7 @@ class Plan:
 
     @property
     def stores_masked(self) -> bool:
-        """Whether the output is stored element by element, since TMA cannot address its rows."""
+        """Whether the output is stored without TMA, which cannot address its rows."""
         return gemm_config.stores_masked(self.problem, self.config)
 
     @property

@@ -88,7 +88,7 @@ def multiply_wave(
         turn = _turn(0, num_warpgroups) if num_warpgroups > 1 else None
         registers = issue_products(registers, *descriptors, shape[1], names, turn)
         if meanwhile is not None:
-            _sync_warp()
+            sync_warp()
         return from_scalars(registers, recycled)
 
     @plgpu.inline_mgpu(
@@ -193,8 +193,8 @@ def _named_barrier(action: str, barrier: ir.Value) -> None:
     llvm.inline_asm(ir.Type.parse("!llvm.void"), [barrier], text, "r", asm_dialect=0, has_side_effects=True)
 
 
-def _sync_warp() -> None:
-    """Keeps the assembler from moving what is read next from shared memory to before this point."""
+def sync_warp() -> None:
+    """Lets all lanes of a warp come here; the assembler moves no reading of shared memory across."""
     text = "bar.warp.sync 0xffffffff;"
     llvm.inline_asm(ir.Type.parse("!llvm.void"), [], text, "~{memory}", asm_dialect=0, has_side_effects=True)
 

@@ -213,12 +213,18 @@ def test_split_k_and_sharing_lower_for_cuda():
 
 
 @lowered
-@pytest.mark.parametrize("config", [GemmConfig(256, 128, 3), GemmConfig(16, 64, 8, 1, swap_operands=True)], ids=str)
-def test_odd_rows_need_no_copy_of_the_output(config):
-    described = problem(16, 4100, 7168, bias=True)
+@pytest.mark.parametrize(
+    "config",
+    [GemmConfig(256, 128, 3), GemmConfig(256, 128, 3, share=2), GemmConfig(16, 64, 8, 1, swap_operands=True)],
+    ids=str,
+)
+@pytest.mark.parametrize("n, padded_n, out", [(4100, 4104, BF16), (4101, 4104, BF16), (4101, 4104, F32)])
+def test_odd_rows_need_no_copy_of_the_output(config, n, padded_n, out):
+    described = problem(16, n, 7168, out=out, bias=True)
     padded = lower(described, config)
     direct = lower(described, dataclasses.replace(config, masked_store=True))
-    assert "tensor<16x4104xbf16>" in padded and "tensor<16x4104xbf16>" not in direct
+    output = f"tensor<16x{padded_n}x{'f32' if out == F32 else 'bf16'}>"
+    assert output in padded and output not in direct
 
 
 @lowered

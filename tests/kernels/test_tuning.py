@@ -103,10 +103,12 @@ def test_waves_are_staged_together_where_they_fit():
     assert shared_memory_bytes(described, together) <= SHARED_MEMORY_BYTES < shared_memory_bytes(described, apart)
 
 
-def test_odd_rows_are_stored_from_registers_where_that_has_run():
+def test_odd_rows_are_stored_without_a_copy_where_that_has_run():
     assert choose_config(problem(4097, 4100, 7100), 132).masked_store
+    assert choose_config(problem(4097, 4098, 7100, out=jnp.float32), 132).masked_store
     assert not choose_config(problem(4097, 4104, 7100), 132).masked_store
-    assert not choose_config(problem(4097, 4098, 7100, out=jnp.float32), 132).masked_store
+    few = problem(7, 4098, 7100, out=jnp.float32)
+    assert choose_config(few, 132).swap_operands and not choose_config(few, 132).masked_store
 
 
 def test_what_no_configuration_serves_is_refused():
@@ -239,8 +241,10 @@ def test_large_outputs_are_walked_in_bands_along_n():
     """Else rhs would be read again for each band: 4096x32768x512 took 163 us, and 134 with such bands (H100)."""
     high = [config for config in candidates(problem(4096, 32768, 512)) if config.tile_m > 128]
     assert high and all(config.band_along_n for config in high)
-    assert not any(config.band_along_n for config in candidates(problem(4096, 4096, 7168)))
-    assert any(config.band_along_n for config in candidates(problem(8192, 4096, 7168)))  # rhs is the smaller one
+    assert not any(config.band_along_n for config in candidates(problem(4096, 7168, 7168)))
+    for m in (4096, 8192):  # rhs is as large as lhs, or smaller: the highest tiles alone
+        along_n = {config.tile_m: config.band_along_n for config in candidates(problem(m, 4096, 7168))}
+        assert along_n[256] and not along_n[192] and not along_n[128]
     grouped = problem(4096, 32768, 512, kind="grouped", num_groups=4)
     assert not any(config.band_along_n for config in candidates(grouped))
 
