@@ -33,6 +33,11 @@ def limits_of(plan: Plan, tile: Tile, row: Any, column: Any) -> Limits:
     return Limits(first_row_of_group + start_m + offset_m, column, rows_left, problem.n - column)
 
 
+def _zero_without_k_tiles(parts: list[jax.Array], tile: Tile) -> list[jax.Array]:
+    """Zeros for a tile of no k tiles; others stay what they are."""
+    return [part * (tile.k.num_tiles > 0).astype(jnp.float32) for part in parts]
+
+
 @dataclasses.dataclass(frozen=True)
 class Finish:
     """The end of a tile, for one compute warpgroup.
@@ -89,7 +94,12 @@ class Finish:
         if problem.kind == "masked" and problem.fill == "zero":
             return epilogue.zero_masked(parts, row, column, tile.rows_left, swap)
         if plan.stores_ragged and problem.has_bias:
-            return [part * (tile.k.num_tiles > 0).astype(jnp.float32) for part in parts]  # rows of no group
+            return _zero_without_k_tiles(parts, tile)  # rows of no group
+        if problem.kind == "k_grouped" and plan.config.multiply_scales:
+            # NOTE: changes nothing but the registers. What is staged lies in pairs of them from an even number on, as
+            # products and their scales do. If the sums of the main loop did, all operands of an FFMA would come from
+            # one bank of the register file (`tools/spills.py` counts these). So what is staged is made anew.
+            return _zero_without_k_tiles(parts, tile)
         return parts
 
     def _store_masked(self, parts: list[jax.Array], tile: Tile, row: Any, column: Any) -> None:
