@@ -21,6 +21,9 @@ from jaxgemm.scaled_array import ROW_BLOCK, SQUARE_BLOCK
 
 Problem = GemmProblem | QuantizeProblem
 
+OLDEST_JAX_OF_KERNELS = (0, 11, 1)
+"""The Pallas of older ones has no kernels like these; that of 0.11.0 lowers no index of a block within a warp."""
+
 HOPPER_CAPABILITY = "9.0"
 HOPPER_SM_COUNT = 132
 """Streaming multiprocessors of an H100 or H200 SXM: what a program lowered without a GPU at hand is laid out for."""
@@ -182,8 +185,9 @@ def _why_not_hopper(platform: str) -> str | None:
     """Why kernels for Hopper cannot run where a program is lowered for; None if they can."""
     if platform != "cuda":
         return f"it needs a Hopper GPU, and this program is lowered for {platform}"
-    if jax.__version_info__ < (0, 11):
-        return f"it needs jax >= 0.11 (Python >= 3.12), and this is jax {jax.__version__}"
+    if jax.__version_info__ < OLDEST_JAX_OF_KERNELS:
+        oldest = ".".join(map(str, OLDEST_JAX_OF_KERNELS))
+        return f"it needs jax >= {oldest} (Python >= 3.12), and this is jax {jax.__version__}"
     capability = cuda_capability()
     if capability not in (HOPPER_CAPABILITY, None):  # None: lowered for CUDA where no GPU is at hand
         return f"it needs a Hopper GPU (compute capability 9.0), and this one has {capability}"

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jaxgemm.dispatch import OLDEST_JAX_OF_KERNELS
 from jaxgemm.layout import align_up, cdiv
 from jaxgemm.problem import stored_operands
 
 interpreted = pytest.mark.skipif(not hasattr(plgpu, "InterpretGPUParams"), reason="needs Pallas' GPU interpreter")
-lowered = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="needs Mosaic GPU of jax 0.11")
+lowered = pytest.mark.skipif(jax.__version_info__ < OLDEST_JAX_OF_KERNELS, reason="needs Mosaic GPU of jax 0.11.1")
 
 ROW, SQUARE = (1, 128), (128, 128)
 E4M3, E5M2 = np.dtype(jnp.float8_e4m3fn), np.dtype(jnp.float8_e5m2)

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from support import SQUARE, random
 
 import jaxgemm
+from jaxgemm import dispatch
 
 M, N, K = 128, 256, 384
 eight_devices = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
@@ -24,7 +25,9 @@ def custom_calls(text):
     return set(re.findall(r"custom_call @(\w+)", text))
 
 
-@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="there are no kernels before jax 0.11")
+@pytest.mark.skipif(
+    jax.__version_info__ < dispatch.OLDEST_JAX_OF_KERNELS, reason="there are no kernels before jax 0.11.1"
+)
 def test_export_for_cuda_from_any_machine():
     """JAX guarantees this call to stay as it is, so that no check needs to be disabled."""
     args = jnp.ones((M, K), jnp.bfloat16), jnp.ones((K, N), jnp.bfloat16), jnp.ones(N)

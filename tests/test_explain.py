@@ -269,3 +269,13 @@ def test_text_has_a_paragraph_a_problem():
 
 def test_a_function_without_fp8_says_so():
     assert "0 FP8 problems for cpu: the function calls nothing" in str(jaxgemm.explain(jnp.sin, X, platform="cpu"))
+
+
+@pytest.mark.parametrize("version", [(0, 10, 2), (0, 11, 0)])
+def test_a_jax_too_old_for_the_kernels_is_named(version, monkeypatch):
+    text = ".".join(map(str, version))
+    monkeypatch.setattr(jax, "__version_info__", version)
+    monkeypatch.setattr(jax, "__version__", text)
+    found = str(jaxgemm.explain(jaxgemm.fp8_dot, X, W, platform="cuda"))
+    assert f"not mosaic it needs jax >= 0.11.1 (Python >= 3.12), and this is jax {text}" in found
+    assert "runs on    mosaic" not in found

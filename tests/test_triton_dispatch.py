@@ -51,7 +51,7 @@ def test_it_is_taken_on_chips_other_than_hopper(machine, capability, caplog):
     assert dispatch.choose(DENSE, "cuda", None) == "xla"
 
 
-@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the Hopper kernel needs jax 0.11")
+@pytest.mark.skipif(jax.__version_info__ < dispatch.OLDEST_JAX_OF_KERNELS, reason="the Hopper kernel needs jax 0.11.1")
 @pytest.mark.parametrize("capability", ["9.0", None])
 def test_hopper_has_its_own_kernel(machine, capability):
     machine(capability)

@@ -5,7 +5,7 @@ operands from one bank of the register file.
     python tools/spills.py              # every configuration of the table, and those chosen for typical problems
     python tools/spills.py --keep DIR   # and keep PTX, the assembler's log and SASS in DIR
 
-Needs Python >= 3.12, jax >= 0.11, gcc, and triton (for its ptxas and nvdisasm). Each kernel is lowered for CUDA and
+Needs Python >= 3.12, jax >= 0.11.1, gcc, and triton (for its ptxas and nvdisasm). Each kernel is lowered for CUDA and
 compiled by the compiler inside jax's own CUDA plugin, which is loaded over a stub of the CUDA driver; the first run
 downloads the plugin of the same version (150 MB) into a cache folder. What is printed of each kernel: registers,
 spilled bytes, warnings, and the instructions of its main loop. This leans on private names of jax: expect to mend it

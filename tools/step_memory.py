@@ -8,7 +8,7 @@ XLA compiles the step ahead of time for a described chip (`jax.experimental.topo
 `memory_analysis()`. Compiled on a GPU, `fp8_mlp` and `fp8_dot` layer by layer needed the same 1220 and 1018 MiB (H200,
 benchmarks/results/mlp-h200.json). In bfloat16 XLA tunes its products on a GPU, and may need more or less.
 
-Needs what `tools/spills.py` does: Python >= 3.12, jax >= 0.11, gcc and triton; the first run downloads jax's CUDA
+Needs what `tools/spills.py` does: Python >= 3.12, jax >= 0.11.1, gcc and triton; the first run downloads jax's CUDA
 plugin. This leans on private names of jax: expect to mend it after an upgrade.
 """
 

@@ -15,7 +15,7 @@ from jaxgemm import dispatch, partition
 from jaxgemm.problem import GemmProblem, stored_operands
 from jaxgemm.quantize import quantize_function
 
-if jax.__version_info__ < (0, 11):
+if jax.__version_info__ < dispatch.OLDEST_JAX_OF_KERNELS:
     pytest.skip("this jax does not have the Pallas that the kernels are written for", allow_module_level=True)
 
 
