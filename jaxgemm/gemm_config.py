@@ -167,7 +167,7 @@ def _bytes_before_staging(problem: GemmProblem, config: GemmConfig) -> int:
         total += _aligned(4 * config.warpgroups * WAVE_ROWS * partial_pitch(config.tile_columns)) + 16
     if problem.has_bias:
         total += _aligned(4 * align_up(config.tile_n, 64)) + 16
-    if stores_by_warp(problem, config):
+    if stores_by_warp(config):
         total += 16 * config.warpgroups
     return total + 16 * config.stages
 
@@ -177,9 +177,8 @@ def stores_masked(problem: GemmProblem, config: GemmConfig) -> bool:
     return config.masked_store and problem.n * problem.out_dtype.itemsize % 16 != 0
 
 
-def stores_by_warp(problem: GemmProblem, config: GemmConfig) -> bool:
+def stores_by_warp(config: GemmConfig) -> bool:
     """Whether a warp stores what a compute warpgroup has staged, while that goes on with its next tile."""
-    del problem
     return not config.swap_operands
 
 

@@ -95,7 +95,7 @@ class Plan:
     @property
     def stores_by_warp(self) -> bool:
         """Whether a warp stores what a compute warpgroup has staged, while that goes on with its next tile."""
-        return gemm_config.stores_by_warp(self.problem, self.config)
+        return gemm_config.stores_by_warp(self.config)
 
     @property
     def adds(self) -> bool:
