@@ -81,6 +81,7 @@ LARGE_TILES = {
     ),
     "wide": (GemmConfig(128, 192, 4, band=16), SQUARE, jnp.bfloat16),
     "nine chunks": (GemmConfig(128, 144, 4), SQUARE, jnp.float32),
+    "nine chunks, two bytes": (GemmConfig(128, 144, 5, band=16), SQUARE, jnp.bfloat16),
     "scales multiplied": (GemmConfig(128, 128, 5, share=2, band=16, multiply_scales=True), ROW, jnp.float32),
     "scales multiplied, high": (GemmConfig(256, 104, 4, share=2, multiply_scales=True), ROW, jnp.float32),
     "scales multiplied, two bytes": (GemmConfig(256, 96, 4, share=2, multiply_scales=True), ROW, jnp.bfloat16),

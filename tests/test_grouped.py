@@ -24,7 +24,9 @@ from support import (
 )
 
 import jaxgemm
+from jaxgemm import tiles
 from jaxgemm.gemm import k_masked_gemm
+from jaxgemm.gemm_config import GemmConfig
 
 M, N, K, GROUPS = 150, 40, 200, 5
 SIZES = [[30] * 5, [0, 0, 150, 0, 0], [1, 128, 1, 0, 20], [7, 0, 33, 2, 0], [0] * 5, [-4, 10, 200, 3, -1]]
@@ -219,6 +221,26 @@ def test_k_grouped_of_any_sizes(sizes):
     x, dout = random(0, M, 70), random(1, M, 33)
     out, lhs, rhs = k_grouped(x, dout, jnp.array(sizes))
     assert_close(out, k_grouped_oracle(lhs, rhs, sizes, M))
+
+
+@pytest.mark.skipif("mosaic" not in available_implementations(), reason="needs a Hopper GPU")
+@pytest.mark.parametrize(
+    "config",
+    [
+        GemmConfig(256, 104, 4, share=2, multiply_scales=True),
+        GemmConfig(128, 128, 5, share=2, band=16, multiply_scales=True),
+        GemmConfig(128, 128, 4),
+    ],
+    ids=tiles.describe_config,
+)
+@pytest.mark.parametrize("n", [420, 421])
+def test_tiles_of_large_k_grouped_products(config, n):
+    """Tiles that small products do not get by themselves; of odd rows, those that TMA cannot store."""
+    sizes = [700, 0, 128, 1, 300]
+    x, dout = random(0, 1200, 520), random(1, 1200, n)
+    with tiles.forced(dataclasses.replace(config, masked_store=config.tile_n != 104)):  # which would spill registers
+        out, lhs, rhs = k_grouped(x, dout, jnp.array(sizes))
+    assert_close(out, k_grouped_oracle(lhs, rhs, sizes, 1200))
 
 
 def test_k_grouped_takes_unpadded_segments_too():

@@ -36,7 +36,7 @@ from jaxgemm.kernels import epilogue, split_k
 from jaxgemm.kernels.finish import Finish, limits_of, output_of
 from jaxgemm.kernels.group_schedule import scales_by_group
 from jaxgemm.kernels.mainloop import Multiply, compute_tile, drain, load_tile
-from jaxgemm.kernels.masked_store import store_staged_rows
+from jaxgemm.kernels.masked_store import store_staged_rows, store_staged_rows_portable
 from jaxgemm.kernels.operand import Operand, OperandRefs, keep_block_scales, load_block_scales
 from jaxgemm.kernels.plan import Plan, make_plan, scratch_types
 from jaxgemm.kernels.promotion import TileScales
@@ -109,7 +109,7 @@ def load_role(plan: Plan, schedule: TileSchedule, sides: Sides, bias_gmem: Any, 
 
 
 def store_role(
-    plan: Plan, schedule: TileSchedule, warpgroup: Any, out_gmem: Any, smem: dict[str, Any], adds: bool
+    plan: Plan, schedule: TileSchedule, warpgroup: Any, out_gmem: Any, smem: dict[str, Any], adds: bool, interpret: Any
 ) -> None:
     """A storing warp: brings to the output what its compute warpgroup has staged of each tile."""
     staging, out_smem = staging_of(plan, warpgroup, smem), smem["out_smem"].at[warpgroup]
@@ -131,10 +131,19 @@ def store_role(
         return carry
 
     def copy_rows(tile, chunks):
+        copy = store_staged_rows_portable if interpret else store_staged_rows
         chunks_before = warpgroup * out_smem.shape[0]
-        for index, wave, start in chunks:
-            limits = limits_of(plan, tile, rows_in_tile[wave], start)
-            store_staged_rows(smem["out_smem"], chunks_before + index, out_gmem, limits)
+        chunks_of_wave = plan.columns.tile // out_smem.shape[-1]
+        first = chunks[0].wave * chunks_of_wave + chunks[0].start // out_smem.shape[-1]
+
+        def copy_one(index, carry):  # a loop, since the warp has few registers for what is known of each chunk
+            wave = lax.div(first + index, jnp.int32(chunks_of_wave))
+            column = (first + index - wave * chunks_of_wave) * out_smem.shape[-1]
+            limits = limits_of(plan, tile, first_row + wave * WAVE_ROWS, column)
+            copy(smem["out_smem"], chunks_before + index, out_gmem, limits)
+            return carry
+
+        lax.fori_loop(0, len(chunks), copy_one, None)
 
     plgpu.barrier_arrive(staging.empty)
     for_each_tile(schedule, store_one_tile, None)
@@ -242,7 +251,7 @@ def _kernel(plan: Plan, adds: bool, interpret: Any, *refs: Any, **smem: Any) -> 
             pl.when(warp == 0)(lambda: load_role(plan, schedule, sides, bias_gmem, smem))
             if plan.stores_by_warp:
                 is_storing = (warp > 0) & (warp <= config.warpgroups)
-                pl.when(is_storing)(lambda: store_role(plan, schedule, warp - 1, refs[-1], smem, adds))
+                pl.when(is_storing)(lambda: store_role(plan, schedule, warp - 1, refs[-1], smem, adds, interpret))
 
     @pl.when(warpgroup < config.warpgroups)
     def compute():
@@ -290,7 +299,7 @@ def hopper_gemm(
     Returns:
         `problem.out_shape` of `problem.out_dtype`.
     """
-    if interpret:  # which cannot run what stores element by element
+    if interpret and config.swap_operands:  # which cannot run what stores from registers
         config = dataclasses.replace(config, masked_store=False)
     plan = make_plan(problem, config, num_sms)
     adds = plan.adds and not interpret  # the interpreter cannot add on the way out

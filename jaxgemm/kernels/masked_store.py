@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
@@ -92,6 +93,22 @@ def store_staged_rows(out_smem: Any, chunk: Any, out_gmem: Any, limits: Limits) 
 
     lax.fori_loop(0, steps // UNROLLED, copy_some, None)
     plgpu.inline_mgpu()(lambda ctx: sync_warp())()
+
+
+def store_staged_rows_portable(out_smem: Any, chunk: Any, out_gmem: Any, limits: Limits) -> None:
+    """`store_staged_rows` in plain Pallas, for the interpreter, which cannot run inlined Mosaic code: one by one."""
+    num_chunks, rows, columns = out_smem.shape[1:]
+    source = out_smem.at[lax.div(chunk, jnp.int32(num_chunks)), lax.rem(chunk, jnp.int32(num_chunks))]
+    *groups, m, _ = out_gmem.shape
+
+    @pl.loop(0, lax.clamp(0, limits.rows_left, rows))
+    def copy_row(row):
+        place = limits.row + row
+        place = (lax.div(place, jnp.int32(m)), lax.rem(place, jnp.int32(m))) if groups else (place,)
+
+        @pl.loop(0, lax.clamp(0, limits.columns_left, columns))
+        def copy_element(column):
+            out_gmem[*place, limits.column + column] = source[row, column]
 
 
 class _Copier:

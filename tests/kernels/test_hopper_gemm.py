@@ -92,6 +92,15 @@ CASES = {
     "three warpgroups in turn": (problem(400, 260, 300, out=F32), GemmConfig(192, 128, 2, 3)),
     "one k tile, tiles in turn": (problem(140, 260, 100), GemmConfig(128, 128, 2)),
     "staged in two goes, tiles in turn": (problem(300, 230, 200, rhs=ROW, out=F32), GemmConfig(256, 112, 2)),
+    "rows copied": (problem(9, 69, 200, bias=True), GemmConfig(128, 128, 2, masked_store=True)),
+    "rows copied, two waves in two goes": (
+        problem(70, 19, 100, rhs=ROW, out=F32),
+        GemmConfig(256, 112, 2, masked_store=True),
+    ),
+    "rows copied, nine chunks, loads shared": (
+        problem(5, 150, 130),
+        GemmConfig(128, 144, 2, share=2, masked_store=True),
+    ),
     "tiles in turn": (problem(140, 260, 200, bias=True), GemmConfig(64, 64, 2, 1, band=2, band_along_n=True)),
 }
 

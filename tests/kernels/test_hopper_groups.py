@@ -33,6 +33,7 @@ from jaxgemm.problem import GemmProblem
 from jaxgemm.tuning import choose_config
 
 WIDE, SMALL = GemmConfig(256, 128, 2), GemmConfig(64, 64, 2, 1)
+COPYING = dataclasses.replace(SMALL, masked_store=True)
 SWAPPED = GemmConfig(16, 64, 2, 1, swap_operands=True)
 
 
@@ -76,6 +77,7 @@ CONTIGUOUS = {
     "no rows at all": (problem("grouped", 20, 24, 130, 2, has_bias=True), SMALL, [0, 0]),
     "negative, and too many": (problem("grouped", 20, 24, 130, 3), SMALL, [-5, 15, 99]),
     "bias": (problem("grouped", 40, 27, 130, 2, has_bias=True, activation="gelu"), SMALL, [9, 31]),
+    "rows copied": (problem("grouped", 14, 9, 130, 4, has_bias=True), COPYING, [1, 0, 9, 2]),
     "two waves": (problem("grouped", 150, 136, 200, 2, out=F32), WIDE, [131, 19]),
     "swapped": (problem("grouped", 40, 140, 300, 3, has_bias=True, activation="silu"), SWAPPED, [19, 0, 21]),
     "swapped float32": (problem("grouped", 37, 70, 130, 3, out=F32), SWAPPED, [1, 16, 18]),
@@ -154,6 +156,7 @@ def test_a_row_does_not_depend_on_how_the_groups_lie():
 # Masked groups
 
 MASKED = {
+    "rows copied": (problem("masked", 6, 9, 130, 3, out=F32), COPYING, [2, 0, 6]),
     "zeros past the mask": (problem("masked", 70, 72, 200, 3, out=F32, has_bias=True), SMALL, [70, 0, 3]),
     "unspecified": (problem("masked", 70, 72, 200, 3, fill="unspecified"), SMALL, [65, 0, 70]),
     "beyond the rows": (problem("masked", 9, 72, 200, 2), SMALL, [-4, 99]),
@@ -191,6 +194,7 @@ K_GROUPED = {
     "all empty": (problem("k_grouped", 9, 24, 256, 2, rhs=ROW, out=F32), SMALL, [0, 0]),
     "exactly 128": (problem("k_grouped", 9, 24, 384, 3, rhs=ROW), SMALL, [128, 128, 128]),
     "too many": (problem("k_grouped", 9, 24, 256, 2, rhs=ROW, out=F32), SMALL, [100, 500]),
+    "rows copied": (problem("k_grouped", 9, 11, 512, 3, rhs=ROW, out=F32), COPYING, [130, 0, 28]),
     "factors": (problem("k_grouped", 150, 136, 512, 2, rhs=ROW, out=F32), GemmConfig(128, 128, 2), [3, 300]),
     "wide": (problem("k_grouped", 300, 96, 512, 2, rhs=ROW, out=F32), GemmConfig(256, 96, 2), [3, 300]),
     "scales multiplied": (
