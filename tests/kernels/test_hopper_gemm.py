@@ -92,7 +92,7 @@ CASES = {
     "three warpgroups in turn": (problem(400, 260, 300, out=F32), GemmConfig(192, 128, 2, 3)),
     "one k tile, tiles in turn": (problem(140, 260, 100), GemmConfig(128, 128, 2)),
     "staged in two goes, tiles in turn": (problem(300, 230, 200, rhs=ROW, out=F32), GemmConfig(256, 112, 2)),
-    "rows copied": (problem(9, 69, 200, bias=True), GemmConfig(128, 128, 2, masked_store=True)),
+    "rows copied": (problem(66, 37, 200, out=F32, bias=True), GemmConfig(128, 64, 2, masked_store=True)),
     "rows copied, two waves in two goes": (
         problem(70, 19, 100, rhs=ROW, out=F32),
         GemmConfig(256, 112, 2, masked_store=True),
