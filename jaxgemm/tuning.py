@@ -10,14 +10,7 @@ import statistics
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from jaxgemm.gemm_config import (
-    MIN_STAGED_BYTES,
-    GemmConfig,
-    all_scales_per_row,
-    block_shapes,
-    takes_turns,
-    with_most_stages,
-)
+from jaxgemm.gemm_config import GemmConfig, all_scales_per_row, block_shapes, takes_turns, with_most_stages
 from jaxgemm.layout import SCALE_BLOCK, align_up, cdiv
 from jaxgemm.problem import GemmProblem
 
@@ -286,13 +279,12 @@ def choose_config(problem: GemmProblem, num_sms: int) -> GemmConfig:
 def _stores_masked(problem: GemmProblem, config: GemmConfig) -> bool:
     """Whether an output with odd rows is stored without TMA: wherever a GPU has done so.
 
-    By storing warps, that is for all dtypes; 256x104 in float32, whose registers are all in use, would spill some.
-    Tiles that are computed transposed have stored two bytes an element so, of products that one block sums; others keep
-    to the padded copy.
+    By storing warps, that is for all dtypes; high tiles whose scales the tensor core multiplies have all registers in
+    use, and would spill some. Tiles that are computed transposed have stored two bytes an element so, of products that
+    one block sums; others keep to the padded copy.
     """
-    itemsize = problem.out_dtype.itemsize
-    if problem.n * itemsize % 16 == 0:
+    if problem.n * problem.out_dtype.itemsize % 16 == 0:
         return False
     if config.swap_operands:
-        return itemsize == 2 and config.split_k == 1
-    return not (config.multiply_scales and config.tile_n * itemsize % (2 * MIN_STAGED_BYTES))
+        return problem.out_dtype.itemsize == 2 and config.split_k == 1
+    return not (config.multiply_scales and config.num_waves > 1)
