@@ -40,6 +40,9 @@ MAX_FACTOR_COLUMNS = 128
 MAX_MULTIPLIED_REGISTERS = 216
 """The most for sums, one product and the products of its scales: 128x144 and 256x104."""
 
+EVEN_WAVES_K = 4096
+"""From this k on, no more blocks are launched than are needed to take no more waves (`clusters_launched`)."""
+
 SCALE_PARTS = 4
 """Numbers that a scale of a column is given by, where the tensor core multiplies it."""
 
@@ -193,6 +196,23 @@ def staged_chunks(problem: GemmProblem, config: GemmConfig) -> int:
     rest = _bytes_before_staging(problem, config)
     fits = rest + _aligned(config.warpgroups * together * chunk_bytes) <= SHARED_MEMORY_BYTES
     return together if fits else apart
+
+
+def clusters_of_tiles(problem: GemmProblem, config: GemmConfig) -> int:
+    """How many times a cluster computes its tiles, in a dense product."""
+    return cdiv(problem.m, config.tile_m) * cdiv(cdiv(problem.n, config.tile_n), config.share)
+
+
+def clusters_launched(problem: GemmProblem, config: GemmConfig, num_sms: int) -> int:
+    """Clusters that walk the tiles of a dense product: all that run at once, or as few as take no more waves.
+
+    Fewer leave the others what they would take of the memory and of the chip's power, which is 0 to 2 % faster in
+    twelve products with k of 4096 and more, and 1 to 13 % slower in three with k of 2048 and less (H100).
+    """
+    at_once, tiles = max(1, num_sms // (config.share * config.split_k)), clusters_of_tiles(problem, config)
+    if config.swap_operands or problem.k < EVEN_WAVES_K:
+        return min(at_once, tiles)
+    return cdiv(tiles, cdiv(tiles, at_once))
 
 
 def _chunks_of_wave(problem: GemmProblem, config: GemmConfig) -> tuple[int, int]:

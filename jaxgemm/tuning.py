@@ -24,9 +24,8 @@ def candidates(problem: GemmProblem) -> Iterator[GemmConfig]:
         for tile_n, warpgroups in ((64, 1), (128, 2), (192, 3)):
             for split_k in (1, 2) if problem.kind == "dense" else (1,):
                 shapes.append(GemmConfig(tile_m, tile_n, 2, warpgroups, swap_operands=True, split_k=split_k))
-    widths_of_high, widths = _tile_widths(problem)
     for tile_m, warpgroups in ((256, 2), (192, 3), (128, 2), (64, 1)):
-        for tile_n in widths_of_high if tile_m > 128 else widths:
+        for tile_n in _tile_widths(problem, tile_m):
             shapes.append(GemmConfig(tile_m, tile_n, 2, warpgroups, share=_share(problem, tile_m, tile_n)))
     shapes += _multiplying_scales(problem)
     for shape in shapes:
@@ -115,12 +114,16 @@ def _tile_of_groups(problem: GemmProblem, extent: Extent) -> int:
     return min(align_up(extent.m + extent.m // 2, 16), align_up(problem.m, 8), 128)
 
 
-def _tile_widths(problem: GemmProblem) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Columns of tiles of more than 128 rows, and of others; what was slower in every measurement is left out."""
+def _tile_widths(problem: GemmProblem, tile_m: int) -> tuple[int, ...]:
+    """Columns of tiles of so many rows; what was slower in every measurement is left out."""
     narrow = (32, 64, 96, 128)
     if not all_scales_per_row(problem):
-        return (128,), (*narrow, 144, 160, 192)
-    return (96, 112), (*narrow, 160) if problem.out_dtype.itemsize < 4 else narrow
+        if tile_m <= 128:
+            return *narrow, 144, 160, 192
+        return (96, 128) if tile_m == 192 and problem.kind == "dense" else (128,)
+    if tile_m > 128:
+        return 96, 112
+    return (*narrow, 160) if problem.out_dtype.itemsize < 4 else narrow
 
 
 MAC_MICROSECONDS = 2.14e-5

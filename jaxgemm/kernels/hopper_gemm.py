@@ -307,7 +307,7 @@ def hopper_gemm(
         functools.partial(_kernel, plan, adds, interpret),
         out_type=() if adds else jax.ShapeDtypeStruct(plan.out_shape, problem.out_dtype),
         scratch_types=scratch_types(plan, None if bias is None else bias.dtype),
-        grid=(min(max(1, num_sms // (config.share * config.split_k)), plan.schedule().most_tiles),),
+        grid=(plan.num_clusters,),
         grid_names=(SM_AXIS,),
         cluster=(config.share, config.split_k, 1),
         cluster_names=(SHARE_AXIS, SPLIT_AXIS, LOCAL_AXIS),

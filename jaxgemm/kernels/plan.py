@@ -123,6 +123,14 @@ class Plan:
         )  # fmt: skip
         return dense if problem.kind == "dense" else KGroupSchedule(table, problem.num_groups, dense)
 
+    @property
+    def num_clusters(self) -> int:
+        """Clusters to launch: each walks its tiles."""
+        if self.problem.kind == "dense":
+            return gemm_config.clusters_launched(self.problem, self.config, self.num_sms)
+        at_once = max(1, self.num_sms // (self.config.share * self.config.split_k))
+        return min(at_once, self.schedule().most_tiles)
+
     def group_table(self, sizes: jax.Array) -> jax.Array:
         """What the schedule reads on the device, from `group_sizes`, `masked_m` or `masked_k`."""
         if self.problem.kind in ("k_grouped", "k_masked"):

@@ -12,6 +12,8 @@ from jaxgemm.autotune_neighbours import neighbours
 from jaxgemm.gemm_config import (
     SHARED_MEMORY_BYTES,
     GemmConfig,
+    clusters_launched,
+    clusters_of_tiles,
     shared_memory_bytes,
     staged_chunks,
     takes_turns,
@@ -201,7 +203,7 @@ def test_scales_are_read_where_there_are_registers_for_them():
 
 @pytest.mark.parametrize(
     "m, n, k, fastest",
-    [  # the fastest, and those within 2 % of it, in benchmarks/results/kernel-tiles-h100.json and shared-loads-h100.json
+    [  # the fastest, and those within 2 % of it, in kernel-tiles, shared-loads and even-waves-h100.json
         (8192, 24576, 1536, [(128, 192), (192, 128)]),
         (8192, 2112, 7168, [(128, 192)]),
         (4096, 2112, 7168, [(128, 192), (192, 128)]),
@@ -218,8 +220,8 @@ def test_scales_are_read_where_there_are_registers_for_them():
         (8192, 14336, 4096, [(192, 128), (256, 128)]),
         (8192, 28672, 4096, [(192, 128), (256, 128)]),
         (4096, 24576, 1536, [(128, 192), (192, 128)]),
-        (8192, 576, 7168, [(128, 144)]),
-        (4096, 576, 7168, [(128, 144)]),
+        (8192, 576, 7168, [(192, 96)]),
+        (4096, 576, 7168, [(192, 96), (128, 144)]),
         (1, 24576, 1536, [(8, 64)]),
         (1, 4096, 7168, [(8, 64)]),
         (64, 4096, 7168, [(64, 32)]),
@@ -235,8 +237,27 @@ def test_high_tiles_share_loads_where_each_finds_a_partner():
     """0 to 5 % less time (benchmarks/results/shared-loads-h100.json); an odd number would leave a block idle."""
     shares = {config.tile_m: config.share for config in candidates(problem(4096, 4096, 7168))}
     assert shares[256] == shares[192] == 2 and shares[128] == 1
-    assert all(config.share == 1 for config in candidates(problem(4096, 2112, 7168)))
+    odd = [config for config in candidates(problem(4096, 2112, 7168)) if -(-2112 // config.tile_n) % 2]
+    assert odd and all(config.share == 1 for config in odd)
     assert all(config.share == 1 for config in candidates(problem(4096, 4096, 7168, kind="grouped", num_groups=4)))
+
+
+def test_no_more_blocks_than_even_waves_need():
+    """256 clusters of tiles are four waves of 64, of the 66 that run at once; where k is short they are not even."""
+    config = GemmConfig(256, 128, 3, share=2)
+    assert clusters_launched(problem(4096, 4096, 7168), config, 132) == 64
+    assert clusters_launched(problem(4096, 4096, 2048), config, 132) == 66
+    assert clusters_launched(problem(256, 512, 7168), config, 132) == 2
+    assert clusters_launched(problem(4096, 4096, 7168), GemmConfig(192, 128, 4, 3), 132) == 118  # 704 tiles, six waves
+    assert clusters_launched(problem(4096, 4096, 7168), config, 1) == 1
+
+
+@given(sizes, sizes, st.integers(1, 132))
+def test_even_waves_are_no_more_waves(m, n, num_sms):
+    described, config = problem(m, n, 7168), GemmConfig(128, 128, 3)
+    tiles, launched = clusters_of_tiles(described, config), clusters_launched(described, config, num_sms)
+    assert 1 <= launched <= num_sms
+    assert -(-tiles // launched) == -(-tiles // num_sms)
 
 
 def test_large_outputs_are_walked_in_bands_along_n():
