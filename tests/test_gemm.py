@@ -79,6 +79,7 @@ LARGE_TILES = {
     "three warpgroups, loads shared, along n": (
         GemmConfig(192, 128, 3, 3, share=2, band=2, band_along_n=True), SQUARE, jnp.float32,
     ),
+    "three warpgroups, narrow": (GemmConfig(192, 96, 5, 3, share=2, band_along_n=True), SQUARE, jnp.bfloat16),
     "wide": (GemmConfig(128, 192, 4, band=16), SQUARE, jnp.bfloat16),
     "nine chunks": (GemmConfig(128, 144, 4), SQUARE, jnp.float32),
     "nine chunks, two bytes": (GemmConfig(128, 144, 5, band=16), SQUARE, jnp.bfloat16),
@@ -104,6 +105,17 @@ def test_tiles_of_large_products(name, m, n, k):
     with tiles.forced(config):
         out = jaxgemm.gemm(lhs, rhs, bias, preferred_element_type=out_dtype, implementation="mosaic")
     assert_close(out, oracle(lhs, rhs, bias))
+
+
+@pytest.mark.skipif("mosaic" not in available_implementations(), reason="needs a Hopper GPU")
+@pytest.mark.parametrize("share", [1, 2])
+def test_a_long_product_of_even_waves(share):
+    """From k = 4096 on only as many blocks run as even waves need: here a good two thirds of them."""
+    config = GemmConfig(64, 64, 6, 1, share=share)
+    lhs, rhs = operands(1000, 1100, 4100)
+    with tiles.forced(config):
+        out = jaxgemm.gemm(lhs, rhs, preferred_element_type=jnp.float32, implementation="mosaic")
+    assert_close(out, oracle(lhs, rhs))
 
 
 def test_a_scale_wrong_in_one_block_is_seen():
