@@ -220,6 +220,12 @@ def test_scales_are_read_where_there_are_registers_for_them():
         (8192, 14336, 4096, [(192, 128), (256, 128)]),
         (8192, 28672, 4096, [(192, 128), (256, 128)]),
         (4096, 24576, 1536, [(128, 192), (192, 128)]),
+        (4096, 28672, 8192, [(256, 128)]),
+        (4096, 13824, 5120, [(192, 128)]),
+        (4096, 3584, 7168, [(192, 128)]),
+        (2048, 7168, 7168, [(192, 128)]),
+        (8192, 7168, 16384, [(256, 128)]),
+        (4096, 16384, 7168, [(256, 128)]),
         (8192, 576, 7168, [(192, 96)]),
         (4096, 576, 7168, [(192, 96), (128, 144)]),
         (1, 24576, 1536, [(8, 64)]),
@@ -243,18 +249,15 @@ def test_high_tiles_share_loads_where_each_finds_a_partner():
 
 
 def test_no_more_blocks_than_even_waves_need():
-    """256 clusters of tiles are four waves of 64, of the 66 that run at once; where k is short they are not even."""
-    config = GemmConfig(256, 128, 3, share=2)
-    assert clusters_launched(problem(4096, 4096, 7168), config, 132) == 64
-    assert clusters_launched(problem(4096, 4096, 2048), config, 132) == 66
-    assert clusters_launched(problem(256, 512, 7168), config, 132) == 2
-    assert clusters_launched(problem(4096, 4096, 7168), config, 1) == 1
-    assert (
-        clusters_launched(problem(4096, 4096, 7168), GemmConfig(192, 128, 4, 3), 132) == 132
-    )  # 5.3 waves of single blocks
-    assert (
-        clusters_launched(problem(4096, 4096, 7168), GemmConfig(192, 128, 4, 3, share=2), 132) == 59
-    )  # six waves of 59
+    """256 pairs of tiles are four waves of 64, of the 66 that run at once; where k is short they are not even."""
+    long, high = problem(4096, 4096, 7168), GemmConfig(256, 128, 3, share=2)
+    assert clusters_launched(long, high, 132) == 64
+    assert clusters_launched(problem(4096, 4096, 2048), high, 132) == 66
+    assert clusters_launched(problem(256, 512, 7168), high, 132) == 2
+    assert clusters_launched(long, high, 1) == 1
+    single, pairs = GemmConfig(192, 128, 4, 3), GemmConfig(192, 128, 4, 3, share=2)  # 704 tiles, six waves
+    assert clusters_launched(long, single, 132) == 132
+    assert clusters_launched(long, pairs, 132) == 59
 
 
 @given(sizes, sizes, st.integers(1, 132))
