@@ -206,12 +206,13 @@ def clusters_of_tiles(problem: GemmProblem, config: GemmConfig) -> int:
 def clusters_launched(problem: GemmProblem, config: GemmConfig, num_sms: int) -> int:
     """Clusters that walk the tiles of a dense product: all that run at once, or as few as take no more waves.
 
-    The rest would only keep others waiting for memory and take of the chip's power: without it, pairs of blocks take 0
-    to 2 % less time in twelve products with k of 4096 and more, and 1 to 13 % more in three with k of 2048 and less
-    (H100). Single blocks gain less than half a percent, and launch all.
+    The rest would only keep others waiting for memory and take of the chip's power: without it, pairs of blocks of two
+    warpgroups take 0 to 2 % less time in eleven of twelve products with k of 4096 and more, and 1 to 13 % more in three
+    with k of 2048 and less (H100). Single blocks gain less than half a percent, or lose; three warpgroups were timed
+    in one product alone, which gained as little. These launch all.
     """
     at_once, tiles = max(1, num_sms // (config.share * config.split_k)), clusters_of_tiles(problem, config)
-    if config.share == 1 or problem.k < EVEN_WAVES_K:
+    if config.share == 1 or config.warpgroups != 2 or problem.k < EVEN_WAVES_K:
         return min(at_once, tiles)
     return cdiv(tiles, cdiv(tiles, at_once))
 

@@ -110,7 +110,7 @@ def test_tiles_of_large_products(name, m, n, k):
 @pytest.mark.skipif("mosaic" not in available_implementations(), reason="needs a Hopper GPU")
 def test_a_long_product_of_even_waves():
     """From k = 4096 on only as many pairs of blocks run as even waves need: here three quarters of them."""
-    config = GemmConfig(64, 64, 6, 1, share=2)
+    config = GemmConfig(128, 32, 6, share=2)
     lhs, rhs = operands(1000, 1100, 4100)
     with tiles.forced(config):
         out = jaxgemm.gemm(lhs, rhs, preferred_element_type=jnp.float32, implementation="mosaic")

@@ -255,9 +255,8 @@ def test_no_more_blocks_than_even_waves_need():
     assert clusters_launched(problem(4096, 4096, 2048), high, 132) == 66
     assert clusters_launched(problem(256, 512, 7168), high, 132) == 2
     assert clusters_launched(long, high, 1) == 1
-    single, pairs = GemmConfig(192, 128, 4, 3), GemmConfig(192, 128, 4, 3, share=2)  # 704 tiles, six waves
-    assert clusters_launched(long, single, 132) == 132
-    assert clusters_launched(long, pairs, 132) == 59
+    assert clusters_launched(long, GemmConfig(256, 128, 3), 132) == 132  # not single blocks
+    assert clusters_launched(long, GemmConfig(192, 128, 4, 3, share=2), 132) == 66  # nor those of three warpgroups
 
 
 @given(sizes, sizes, st.integers(1, 132))
