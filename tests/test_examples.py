@@ -90,6 +90,7 @@ def test_language_model_compares_two_runs(tmp_path, capsys):
     assert f32["train_losses"][0] == pytest.approx(fp8["train_losses"][0], rel=1e-2)
     assert f32["train_losses"] != fp8["train_losses"]
     assert abs(metrics["relative_gap"]["validation_loss"]) < 0.05
+    assert f32["train_loss"] == pytest.approx(sum(f32["train_losses"][-3:]) / 3)  # the last 5 % of 60 steps
     assert f32["validation_loss"] < f32["train_losses"][0] - 1
     assert json.loads((out / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -56,8 +56,8 @@ def _run_metrics(settings: Settings, run: Run) -> dict[str, Any]:
 
 
 def _tail(settings: Settings) -> int:
-    """Steps whose mean is the final training loss: one batch alone says little."""
-    return max(1, min(100, settings.steps // 10))
+    """Steps whose mean is the final training loss, the last 5 %: one batch alone says little."""
+    return max(1, settings.steps // 20)
 
 
 def print_table(metrics: dict[str, Any]) -> None:
