@@ -198,23 +198,25 @@ def staged_chunks(problem: GemmProblem, config: GemmConfig) -> int:
     return together if fits else apart
 
 
-def clusters_of_tiles(problem: GemmProblem, config: GemmConfig) -> int:
-    """How many times a cluster computes its tiles, in a dense product."""
-    return cdiv(problem.m, config.tile_m) * cdiv(cdiv(problem.n, config.tile_n), config.share)
-
-
-def clusters_launched(problem: GemmProblem, config: GemmConfig, num_sms: int) -> int:
-    """Clusters that walk the tiles of a dense product: all that run at once, or as few as take no more waves.
+def clusters_launched(problem: GemmProblem, config: GemmConfig, tiles: int, num_sms: int) -> int:
+    """Clusters that walk the tiles: all that run at once, or as few as take no more waves.
 
     The rest would only keep others waiting for memory and take of the chip's power: without it, pairs of blocks of two
-    warpgroups take 0 to 2 % less time in eleven of twelve products with k of 4096 and more, and 1 to 13 % more in three
-    with k of 2048 and less (H100). Single blocks gain less than half a percent, or lose; three warpgroups were timed
-    in one product alone, which gained as little. These launch all.
+    warpgroups take 0 to 2 % less time in eleven of twelve dense products with k of 4096 and more, and 1 to 13 % more in
+    three with k of 2048 and less (H100). Single blocks gain less than half a percent, or lose; three warpgroups were
+    timed in one product alone, which gained as little. These launch all.
+
+    Args:
+        problem: what is computed.
+        config: tiles.
+        tiles: to walk, at most; those of one cluster count once.
+        num_sms: streaming multiprocessors of the device.
     """
-    at_once, tiles = max(1, num_sms // (config.share * config.split_k)), clusters_of_tiles(problem, config)
-    if config.share == 1 or config.warpgroups != 2 or problem.k < EVEN_WAVES_K:
-        return min(at_once, tiles)
-    return cdiv(tiles, cdiv(tiles, at_once))
+    at_once = max(1, num_sms // (config.share * config.split_k))
+    is_long = problem.kind == "dense" and problem.k >= EVEN_WAVES_K
+    if is_long and config.share > 1 and config.warpgroups == 2:
+        return cdiv(tiles, cdiv(tiles, at_once))
+    return min(at_once, tiles)
 
 
 def _chunks_of_wave(problem: GemmProblem, config: GemmConfig) -> tuple[int, int]:

@@ -126,10 +126,8 @@ class Plan:
     @property
     def num_clusters(self) -> int:
         """Clusters to launch: each walks its tiles."""
-        if self.problem.kind == "dense":
-            return gemm_config.clusters_launched(self.problem, self.config, self.num_sms)
-        at_once = max(1, self.num_sms // (self.config.share * self.config.split_k))
-        return min(at_once, self.schedule().most_tiles)
+        tiles = self.schedule().most_tiles
+        return gemm_config.clusters_launched(self.problem, self.config, tiles, self.num_sms)
 
     def group_table(self, sizes: jax.Array) -> jax.Array:
         """What the schedule reads on the device, from `group_sizes`, `masked_m` or `masked_k`."""

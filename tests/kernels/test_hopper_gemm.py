@@ -88,6 +88,7 @@ CASES = {
     "kept block scales, one a tile": (problem(8, 300, 5504, out=F32), GemmConfig(64, 128, 2, 1)),
     "more stages than k tiles": (problem(70, 70, 200), GemmConfig(64, 64, 6, 1)),
     "nine chunks of columns": (problem(130, 300, 200), GemmConfig(128, 144, 2)),
+    "three warpgroups, three chunks, loads shared": (problem(200, 280, 300), GemmConfig(192, 96, 2, 3, share=2)),
     "high tiles in turn": (problem(520, 200, 300, bias=True), GemmConfig(256, 128, 2)),
     "three warpgroups in turn": (problem(400, 260, 300, out=F32), GemmConfig(192, 128, 2, 3)),
     "one k tile, tiles in turn": (problem(140, 260, 100), GemmConfig(128, 128, 2)),

@@ -13,13 +13,13 @@ from jaxgemm.gemm_config import (
     SHARED_MEMORY_BYTES,
     GemmConfig,
     clusters_launched,
-    clusters_of_tiles,
     shared_memory_bytes,
     staged_chunks,
     takes_turns,
     when_scales_are_read,
     why_invalid,
 )
+from jaxgemm.kernels.plan import make_plan
 from jaxgemm.problem import GemmProblem
 from jaxgemm.tiles import shipped_choice
 from jaxgemm.tuned_rows import shipped_tables, tuned_key
@@ -251,19 +251,20 @@ def test_high_tiles_share_loads_where_each_finds_a_partner():
 def test_no_more_blocks_than_even_waves_need():
     """256 pairs of tiles are four waves of 64, of the 66 that run at once; where k is short they are not even."""
     long, high = problem(4096, 4096, 7168), GemmConfig(256, 128, 3, share=2)
-    assert clusters_launched(long, high, 132) == 64
-    assert clusters_launched(problem(4096, 4096, 2048), high, 132) == 66
-    assert clusters_launched(problem(256, 512, 7168), high, 132) == 2
-    assert clusters_launched(long, high, 1) == 1
-    assert clusters_launched(long, GemmConfig(256, 128, 3), 132) == 132  # not single blocks
-    assert clusters_launched(long, GemmConfig(192, 128, 4, 3, share=2), 132) == 66  # nor those of three warpgroups
+    assert clusters_launched(long, high, 256, 132) == make_plan(long, high, 132).num_clusters == 64
+    assert clusters_launched(problem(4096, 4096, 2048), high, 256, 132) == 66
+    assert clusters_launched(problem(256, 512, 7168), high, 2, 132) == 2
+    assert clusters_launched(long, high, 256, 1) == 1
+    assert clusters_launched(long, GemmConfig(256, 128, 3), 512, 132) == 132  # not single blocks
+    assert clusters_launched(long, GemmConfig(192, 128, 4, 3, share=2), 352, 132) == 66  # nor three warpgroups
+    grouped = problem(4096, 4096, 7168, ROW, jnp.float32, "k_grouped", num_groups=4)
+    assert clusters_launched(grouped, GemmConfig(256, 96, 4, share=2, multiply_scales=True), 352, 132) == 66
 
 
-@given(sizes, sizes, st.integers(1, 132))
-def test_even_waves_are_no_more_waves(m, n, num_sms):
-    described, config = problem(m, n, 7168), GemmConfig(128, 128, 3, share=2)
-    tiles, launched = clusters_of_tiles(described, config), clusters_launched(described, config, num_sms)
-    at_once = max(1, num_sms // 2)
+@given(st.integers(1, 100_000), st.integers(2, 132))
+def test_even_waves_are_no_more_waves(tiles, num_sms):
+    launched = clusters_launched(problem(4096, 4096, 7168), GemmConfig(256, 128, 3, share=2), tiles, num_sms)
+    at_once = num_sms // 2
     assert 1 <= launched <= at_once
     assert -(-tiles // launched) == -(-tiles // at_once)
 
