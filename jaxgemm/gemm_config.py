@@ -23,6 +23,9 @@ MIN_STAGED_BYTES = 32
 """The narrowest swizzle of a staged row of the output; a row is a multiple of it."""
 
 WAVE_ROWS = 64
+MIN_SLICE = 8
+"""Fewest columns of a wgmma accumulator."""
+
 MAX_CLUSTER = 8
 STAGED_BYTES = 32768
 """Most bytes of the output that a warpgroup stages before it stores them; half of them, if scales are multiplied by
@@ -39,6 +42,12 @@ MAX_FACTOR_COLUMNS = 128
 
 MAX_MULTIPLIED_REGISTERS = 216
 """The most for sums, one product and the products of its scales: 128x144 and 256x104."""
+
+MAX_PAIRED_COLUMNS = 64
+"""Most columns of a wave of which two k tiles are multiplied at once (`pairs_k_tiles`)."""
+
+CLUSTERS_THAT_FIT = 0.8
+"""Share of the clusters of more than two blocks, as many as there are multiprocessors for, that run at once."""
 
 EVEN_WAVES_K = 4096
 """From this k on, no more pairs of blocks are launched than are needed to take no more waves (`clusters_launched`)."""
@@ -167,7 +176,8 @@ def _bytes_before_staging(problem: GemmProblem, config: GemmConfig) -> int:
         by_block = 4 * config.warpgroups * blocks * align_up(k_tiles, 128)
         total += _aligned(config.stages * tile * SCALE_BLOCK) + _aligned(by_row if shape[0] == 1 else by_block)
     if config.split_k > 1:
-        total += _aligned(4 * config.warpgroups * WAVE_ROWS * partial_pitch(config.tile_columns)) + 16
+        parts = config.split_k * WAVE_ROWS * split_columns(config.tile_columns, config.split_k)
+        total += _aligned(4 * config.warpgroups * parts) + BUFFER_ALIGNMENT + 8
     if problem.has_bias:
         total += _aligned(4 * align_up(config.tile_n, 64)) + 16
     if stores_by_warp(config):
@@ -198,6 +208,17 @@ def staged_chunks(problem: GemmProblem, config: GemmConfig) -> int:
     return together if fits else apart
 
 
+def clusters_at_once(config: GemmConfig, num_sms: int) -> int:
+    """Clusters that run at once, whatever the chip: one of more than two blocks may leave some of its neighbours out.
+
+    A cluster lies within one part of the chip, of 16 or 18 multiprocessors. Of four blocks 17 run at once on an H100,
+    and 33 do not; of three, 33 do; of eight, 9 do and 17 do not.
+    """
+    size = config.share * config.split_k
+    most = num_sms // size
+    return max(1, most if size <= 2 else int(CLUSTERS_THAT_FIT * most))
+
+
 def clusters_launched(problem: GemmProblem, config: GemmConfig, tiles: int, num_sms: int) -> int:
     """Clusters that walk the tiles: all that run at once, or as few as take no more waves.
 
@@ -212,7 +233,7 @@ def clusters_launched(problem: GemmProblem, config: GemmConfig, tiles: int, num_
         tiles: to walk, at most; those of one cluster count once.
         num_sms: streaming multiprocessors of the device.
     """
-    at_once = max(1, num_sms // (config.share * config.split_k))
+    at_once = clusters_at_once(config, num_sms)
     is_long = problem.kind == "dense" and problem.k >= EVEN_WAVES_K
     if is_long and config.share > 1 and config.warpgroups == 2:
         return cdiv(tiles, cdiv(tiles, at_once))
@@ -223,15 +244,15 @@ def _chunks_of_wave(problem: GemmProblem, config: GemmConfig) -> tuple[int, int]
     """Bytes of a chunk of the output, and how many a wave has; one that is stored transposed has a single one."""
     columns = config.tile_columns
     if config.split_k > 1:
-        columns = max(8, cdiv(columns, config.split_k * 8) * 8)
+        columns = split_columns(columns, config.split_k)
     row_bytes = columns * problem.out_dtype.itemsize
     chunk = row_bytes if config.swap_operands else math.gcd(SWIZZLE_BYTES, row_bytes)
     return WAVE_ROWS * chunk, row_bytes // chunk
 
 
-def partial_pitch(columns: int) -> int:
-    """Floats from one row of partial sums to the next: 8 beyond a multiple of 32, so that no two banks collide."""
-    return align_up(columns - 8, 32) + 8
+def split_columns(tile_columns: int, split_k: int) -> int:
+    """Columns of a tile that each block of a cluster adds up, where these share out k: eight at least."""
+    return max(MIN_SLICE, cdiv(tile_columns, split_k * MIN_SLICE) * MIN_SLICE)
 
 
 def _aligned(size: int) -> int:
@@ -303,6 +324,21 @@ def waits_ahead(problem: GemmProblem, config: GemmConfig) -> bool:
     been timed with it.
     """
     return not all_scales_per_row(problem) or config.multiply_scales
+
+
+def pairs_k_tiles(problem: GemmProblem, config: GemmConfig) -> bool:
+    """Whether a warpgroup starts the products of two k tiles before it promotes the first.
+
+    Between two products of few columns a warpgroup would wait for longer than the tensor core works. With weights read
+    cold, 64x2112x7168 in tiles of 64x32 takes 10.2 us so and 11.0 otherwise, 128x7168x16384 in 128x64 45.0 and 45.9, 16
+    swapped rows of 4096x7168 12.4 and 12.6 (H100). Tiles of 128x128 are as fast either way, 128 swapped rows slower.
+    """
+    return (
+        config.num_waves == 1
+        and config.tile_columns <= MAX_PAIRED_COLUMNS
+        and when_scales_are_read(problem, config) == "before"
+        and not takes_turns(problem, config)
+    )
 
 
 def frees_early(scales_are_read: ScalesAreRead) -> bool:

@@ -10,7 +10,14 @@ import statistics
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from jaxgemm.gemm_config import GemmConfig, all_scales_per_row, block_shapes, takes_turns, with_most_stages
+from jaxgemm.gemm_config import (
+    GemmConfig,
+    all_scales_per_row,
+    block_shapes,
+    clusters_at_once,
+    takes_turns,
+    with_most_stages,
+)
 from jaxgemm.layout import SCALE_BLOCK, align_up, cdiv
 from jaxgemm.problem import GemmProblem
 
@@ -19,10 +26,10 @@ def candidates(problem: GemmProblem) -> Iterator[GemmConfig]:
     """Every configuration worth considering for a problem; all are valid."""
     shapes = []
     extent = expected_extent(problem)
-    if extent.m <= 128 and problem.kind not in ("k_grouped", "k_masked"):
+    if extent.m <= FEW_ROWS and problem.kind not in ("k_grouped", "k_masked"):
         tile_m = align_up(extent.m, 8) if problem.kind == "dense" else _tile_of_groups(problem, extent)
         for tile_n, warpgroups in ((64, 1), (128, 2), (192, 3)):
-            for split_k in (1, 2) if problem.kind == "dense" else (1,):
+            for split_k in SPLITS if problem.kind == "dense" else (1,):
                 shapes.append(GemmConfig(tile_m, tile_n, 2, warpgroups, swap_operands=True, split_k=split_k))
     for tile_m, warpgroups in ((256, 2), (192, 3), (128, 2), (64, 1)):
         for tile_n in _tile_widths(problem, tile_m):
@@ -32,6 +39,10 @@ def candidates(problem: GemmProblem) -> Iterator[GemmConfig]:
         config = with_most_stages(problem, shape, _most_stages(problem, shape))
         if config is not None:
             yield _with_bands(problem, config)
+
+
+SPLITS = (1, 2, 3, 4, 8)
+"""Blocks that share out k of a tile of few rows."""
 
 
 def _share(problem: GemmProblem, tile_m: int, tile_n: int) -> int:
@@ -81,7 +92,7 @@ weights read cold, 1x4096x7168 takes 12.4 us with 8 stages and 13.4 with 24, 64x
 def _most_stages(problem: GemmProblem, config: GemmConfig) -> int:
     """How many k tiles to have in flight at most: if there are few rows, by the weights that are then on their way."""
     few, many = MOST_STAGES
-    if problem.kind != "dense" or problem.m > 128:
+    if problem.kind != "dense" or problem.m > FEW_ROWS:
         return few
     row_tiles, column_tiles = cdiv(problem.m, config.tile_m), cdiv(problem.n, config.tile_n) * config.split_k
     of_a_stage = config.tile_n * SCALE_BLOCK * min(column_tiles, TYPICAL_SMS // row_tiles)
@@ -153,7 +164,10 @@ TYPICAL_SMS = 132
 
 MISSING_ROW_MICROSECONDS = 0.0025
 """What each row of a tile past the end of lhs, beyond 16 of them, adds to a k tile: the TMA fills them with zeros.
-16, 32, 48 and 64x4096x4096 take 11.6, 10.3, 9.1 and 9.1 us in tiles of 64x32 (H100)."""
+16, 32, 48 and 64x4096x4096 took 11.6, 10.3, 9.1 and 9.1 us in tiles of 64x32 while those were loaded (H100)."""
+
+FEW_ROWS = 128
+"""Rows up to which a product reads weights and does little else."""
 
 LATENCY_MICROSECONDS = 0.2
 """Least time of a k tile: wait, multiply, promote; one warpgroup alone takes longer (`_latency`)."""
@@ -178,14 +192,12 @@ def predicted_microseconds(problem: GemmProblem, config: GemmConfig, num_sms: in
     spread = GROUP_SPREAD if problem.kind == "grouped" or problem.expected_m is not None else (1.0,)
     row_tiles = statistics.mean(cdiv(math.ceil(extent.m * share), config.tile_m) for share in spread)
     tiles = math.ceil(extent.products * row_tiles) * cdiv(problem.n, config.tile_n)
-    clusters = max(1, num_sms // (config.split_k * config.share))
-    waves = cdiv(cdiv(tiles, config.share), clusters)
+    waves = cdiv(cdiv(tiles, config.share), clusters_at_once(config, num_sms))
     k_tiles = cdiv(cdiv(extent.k, SCALE_BLOCK), config.split_k)
     multiply = config.tile_rows * max(config.tile_columns, 16) * _mac_microseconds(problem, config)
     ingest = (config.tile_m + config.tile_n) * SCALE_BLOCK / SM_BYTES_PER_MICROSECOND
     k_tile = max(multiply, ingest, _latency(problem, config))
-    if problem.kind == "dense" and not config.swap_operands and problem.m < config.tile_m:
-        k_tile += max(0, config.tile_m - problem.m - 16) * MISSING_ROW_MICROSECONDS
+    k_tile += _missing_rows(problem, config) * MISSING_ROW_MICROSECONDS
     k_tile *= _of_a_long_walk(problem, config, waves)
     tile = _microseconds_beside_main_loop(problem, config)
     before = SPLIT_SCALES_MICROSECONDS if config.multiply_scales else 0.0
@@ -195,6 +207,13 @@ def predicted_microseconds(problem: GemmProblem, config: GemmConfig, num_sms: in
     split = SPLIT_MICROSECONDS[0] + SPLIT_MICROSECONDS[1] * config.tile_columns if config.split_k > 1 else 0.0
     after_last_bytes = 2 * k_tile + tile
     return before + max(waves * (k_tiles * k_tile + tile), memory + after_last_bytes) + split
+
+
+def _missing_rows(problem: GemmProblem, config: GemmConfig) -> int:
+    """Rows past the end of lhs, beyond 16, that the last tile of few rows loads as zeros; a single tile loads none."""
+    if problem.kind != "dense" or config.swap_operands or not config.tile_m < problem.m <= FEW_ROWS:
+        return 0
+    return max(0, align_up(problem.m, config.tile_m) - problem.m - 16)
 
 
 def _of_a_long_walk(problem: GemmProblem, config: GemmConfig, waves: int) -> float:

@@ -117,6 +117,42 @@ def test_a_long_product_of_even_waves():
     assert_close(out, oracle(lhs, rhs))
 
 
+@pytest.mark.skipif("mosaic" not in available_implementations(), reason="needs a Hopper GPU")
+@pytest.mark.parametrize("warpgroups", [1, 2, 3])
+@pytest.mark.parametrize("tile_m, split_k", [(8, 2), (16, 2), (24, 2), (40, 3), (64, 4), (72, 8)])
+def test_blocks_that_share_out_k_compute_many_tiles(tile_m, split_k, warpgroups):
+    """A cluster may send the parts of a tile only when those of the one before have been read."""
+    config = GemmConfig(tile_m, 64 * warpgroups, 2, warpgroups, swap_operands=True, split_k=split_k)
+    lhs, rhs = operands(150, 9000, 1100)
+    with tiles.forced(config):
+        out = jaxgemm.gemm(lhs, rhs, random(5, 9000), preferred_element_type=jnp.bfloat16, implementation="mosaic")
+        again = jaxgemm.gemm(lhs, rhs, random(5, 9000), preferred_element_type=jnp.bfloat16, implementation="mosaic")
+    assert_close(out, oracle(lhs, rhs, random(5, 9000)))
+    np.testing.assert_array_equal(out, again)
+
+
+@pytest.mark.skipif("mosaic" not in available_implementations(), reason="needs a Hopper GPU")
+@pytest.mark.parametrize("k", [100, 1100, 1150, 7168])
+@pytest.mark.parametrize(
+    "tile", ["64x32", "128x64", "192x64", "64x32, loads shared", "16x64, swapped", "64x192, swapped"]
+)
+@pytest.mark.parametrize("m", [1, 9, 61, 72, 200])
+def test_few_rows_in_tiles_of_two_k_tiles_at_once(tile, m, k):
+    """Odd and even numbers of k tiles; tiles of which only the rows that there are have been loaded."""
+    config = {
+        "64x32": GemmConfig(64, 32, 12, 1),
+        "128x64": GemmConfig(128, 64, 3),
+        "192x64": GemmConfig(192, 64, 2, 3),
+        "64x32, loads shared": GemmConfig(64, 32, 8, 1, share=2),
+        "16x64, swapped": GemmConfig(16, 64, 8, 1, swap_operands=True),
+        "64x192, swapped": GemmConfig(64, 192, 5, 3, swap_operands=True),
+    }[tile]
+    lhs, rhs = operands(m, 1000, k)
+    with tiles.forced(config):
+        out = jaxgemm.gemm(lhs, rhs, preferred_element_type=jnp.bfloat16, implementation="mosaic")
+    assert_close(out, oracle(lhs, rhs))
+
+
 def test_a_scale_wrong_in_one_block_is_seen():
     """The bound must catch what the loose one lets pass: one k-block of one 128-row tile scaled by 1.1."""
     lhs, rhs = operands(256, 256, 1024)

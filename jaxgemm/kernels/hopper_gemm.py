@@ -35,7 +35,7 @@ from jaxgemm.gemm_config import GemmConfig
 from jaxgemm.kernels import epilogue, split_k
 from jaxgemm.kernels.finish import Finish, limits_of, output_of
 from jaxgemm.kernels.group_schedule import scales_by_group
-from jaxgemm.kernels.mainloop import Multiply, compute_tile, drain, load_tile
+from jaxgemm.kernels.mainloop import Multiply, Pace, compute_tile, drain, load_tile
 from jaxgemm.kernels.masked_store import store_staged_rows, store_staged_rows_portable
 from jaxgemm.kernels.operand import Operand, OperandRefs, keep_block_scales, load_block_scales
 from jaxgemm.kernels.plan import Plan, make_plan, scratch_types
@@ -49,10 +49,13 @@ from jaxgemm.kernels.schedule import (
     TileSchedule,
     first_tile,
     for_each_tile,
+    tiles_of_cluster,
 )
 from jaxgemm.kernels.wave import (
     WAVE_ROWS,
     close_turns,
+    multiply_two_waves,
+    multiply_two_waves_portable,
     multiply_wave,
     multiply_wave_portable,
     open_turns,
@@ -163,8 +166,10 @@ def compute_role(
     """A compute warpgroup: sums its rows of each tile, then stages them, or stores them by itself."""
     multiply = Multiply(
         functools.partial(multiply_wave_portable if interpret else multiply_wave, num_warpgroups=plan.num_turns),
+        multiply_two_waves_portable if interpret else multiply_two_waves,
         multiply_wave_and_scales_portable if interpret else multiply_wave_and_scales,
     )
+    pace = Pace(plan.scales_are_read, plan.waits_ahead, plan.pairs_k_tiles)
     sync = plgpu.commit_smem if interpret else sync_warpgroup
     problem, config = plan.problem, plan.config
     warpgroup = lax.axis_index("warpgroup")
@@ -173,7 +178,7 @@ def compute_role(
     finish = Finish(plan, smem.get("bias_smem"), smem["out_smem"].at[warpgroup], out_gmem, staging)
 
     def compute_one_tile(tile, upcoming, carry):
-        slot, block_scales = carry
+        slot, block_scales, tiles_before = carry
         for side, scales in zip(sides, block_scales, strict=True):
             keep_block_scales(side, scales, warpgroup)
         if any(scales is not None for scales in block_scales):
@@ -184,36 +189,41 @@ def compute_role(
         rows_counted = None if config.swap_operands or config.warpgroups == 1 else tile.rows_left
         sums, slot = compute_tile(
             TileScales(*sides, tile, shifts, warpgroup), plan.num_waves, config.stages, *barriers, slot, multiply,
-            plan.scales_are_read, plan.waits_ahead, rows_counted,
+            pace, rows_counted,
         )  # fmt: skip
         if problem.has_bias:
             plgpu.barrier_wait(smem["bias_full"])
         if config.split_k == 1:
             finish.waves(sums, tile, first_row)
         else:
-            finish_split_wave(sums[0][0], tile)
+            finish_split_wave(sums[0][0], tile, tiles_before)
         if problem.has_bias:
             plgpu.barrier_arrive(smem["bias_empty"])
-        return slot, upcoming_scales
+        return slot, upcoming_scales, tiles_before + 1
 
     def load_scales(tile):
         starts = tile.row_start, tile.column_start
         return [load_block_scales(side, tile.group, start) for side, start in zip(sides, starts, strict=True)]
 
-    def finish_split_wave(sums, tile):
+    def finish_split_wave(sums, tile, tiles_before):
         rank, columns = lax.axis_index(SPLIT_AXIS), plan.columns.tile
-        total = split_k.sum_slice(sums, smem["partial_smem"].at[warpgroup], smem["ready_barrier"], config.split_k, rank)
+        exchange = smem["exchange"].of_warpgroup(warpgroup)
+        total = split_k.sum_slice(sums, exchange, config.split_k, rank, tiles_before)
+
+        @pl.when(tiles_before + 1 < num_tiles)
+        def may_send_again():
+            sync_warpgroup()  # one thread speaks for all: each must have read its parts
+            plgpu.barrier_arrive(exchange.empty)
 
         @pl.when(rank * plan.output_columns < columns)
         def finish_slice():
             finish.wave([total], tile, first_row, split_k.slice_start(columns, config.split_k, rank))
 
-        # No block may go on while another still reads its partial sums.
-        plgpu.barrier_arrive(smem["used_barrier"])
-        plgpu.barrier_wait(smem["used_barrier"])
-
     first = first_tile(schedule)
-    for_each_tile(schedule, compute_one_tile, (jnp.int32(0), load_scales(first)))
+    num_tiles = tiles_of_cluster(schedule)
+    if config.split_k > 1:
+        split_k.open_exchange(smem["exchange"].of_warpgroup(warpgroup))
+    for_each_tile(schedule, compute_one_tile, (jnp.int32(0), load_scales(first), jnp.int32(0)))
     if staging is None:
         plgpu.wait_smem_to_gmem(0)
     else:

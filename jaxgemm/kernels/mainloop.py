@@ -20,10 +20,25 @@ from jaxgemm.kernels.wave import ACCUMULATOR_LAYOUT, TILE_K, WAVE_ROWS
 
 
 class Multiply(NamedTuple):
-    """How a wave is multiplied: `multiply_wave` and `multiply_wave_and_scales`, or what the interpreter can run."""
+    """How waves are multiplied: by the functions of `multiply_` and these names, or what the interpreter can run."""
 
     wave: Callable[..., tuple[jax.Array, jax.Array | None]]
+    two_waves: Callable[..., tuple[jax.Array, Callable[[], jax.Array]]]
     wave_and_scales: Callable[..., tuple[jax.Array, jax.Array]]
+
+
+class Pace(NamedTuple):
+    """How k tiles follow each other, as `jaxgemm.gemm_config` has it under these names.
+
+    Attributes:
+        scales_are_read: when, beside a wave's product.
+        waits_ahead: whether a warpgroup asks for the next k tile while it promotes this one; else when it needs it.
+        pairs_k_tiles: whether two k tiles are multiplied before the first of them is promoted.
+    """
+
+    scales_are_read: ScalesAreRead
+    waits_ahead: bool
+    pairs_k_tiles: bool
 
 
 def next_slot(slot: jax.Array, stages: int) -> jax.Array:
@@ -70,9 +85,10 @@ def load_tile(
             if operand.scale_per_row:
                 slab = *group, k_index, pl.ds(scale_start, operand.slab)
                 plgpu.copy_gmem_to_smem(refs.scales_gmem.at[slab], refs.scales_smem.at[slot], barrier)
-            box = *group, pl.ds(start, operand.tile), pl.ds(k_index * TILE_K, TILE_K)
+            box = *group, pl.ds(start, operand.loaded), pl.ds(k_index * TILE_K, TILE_K)
+            place = refs.values_smem.at[slot, pl.ds(0, operand.loaded)]
             axes = SHARE_AXIS if operand.multicast else None
-            plgpu.copy_gmem_to_smem(refs.values_gmem.at[box], refs.values_smem.at[slot], barrier, collective_axes=axes)
+            plgpu.copy_gmem_to_smem(refs.values_gmem.at[box], place, barrier, collective_axes=axes)
         return next_slot(slot, stages)
 
     slot = lax.rem(iteration, jnp.int32(stages))
@@ -96,8 +112,7 @@ def compute_tile(
     empty_barrier: Any,
     slot: jax.Array,
     multiply: Multiply,
-    scales_are_read: ScalesAreRead,
-    waits_ahead: bool,
+    pace: Pace,
     rows_counted: jax.Array | None = None,
 ) -> tuple[list[list[jax.Array]], jax.Array]:
     """A compute warpgroup's part of a tile: multiplies each k tile, scales the partial and adds it in float32.
@@ -113,15 +128,14 @@ def compute_tile(
         empty_barrier: arrived at once a stage has been read.
         slot: the next stage.
         multiply: how waves are multiplied.
-        scales_are_read: when, beside a wave's product.
-        waits_ahead: whether it asks for the next k tile while it promotes this one; else when it needs it.
+        pace: how k tiles follow each other.
         rows_counted: rows of the tile that count; None if all do. A warpgroup with none of them only passes over the
             stages, and leaves the tensor core to the others; its sums are zeros.
 
     Returns:
         The float32 sums, one list of column chunks `[64, chunk]` a wave, and the next stage.
     """
-    columns, tile = scales.columns, scales.tile
+    columns, tile, scales_are_read = scales.columns, scales.tile, pace.scales_are_read
     chunk = chunk_columns(columns[0])
     first_row = scales.warpgroup * (num_waves * WAVE_ROWS)
     wave_rows = [first_row + wave * WAVE_ROWS for wave in range(num_waves)]
@@ -148,6 +162,22 @@ def compute_tile(
             plgpu.barrier_arrive(empty_barrier.at[slot])
         return next_slot(slot, stages), new_sums, recycled
 
+    def accumulate_two_k_tiles(pair, carry):
+        slot, [sums], recycled = carry
+        slots = slot, next_slot(slot, stages)
+        for of_one in slots:
+            plgpu.barrier_wait(full_barrier.at[of_one])
+        places = [scales.of_k_tile(2 * pair + i, of_one) for i, of_one in enumerate(slots)]
+        [row] = wave_rows
+        scales_of_both = [(scales.of_rows(place, row), scales.of_columns(place)) for place in places]
+        values = scales.rows[1].values_smem, scales.columns[1].values_smem
+        first, second_product = multiply.two_waves(*values, slots, row, recycled)
+        plgpu.barrier_arrive(empty_barrier.at[slots[0]])
+        sums = promote(first, sums, *scales_of_both[0])
+        second = second_product()
+        plgpu.barrier_arrive(empty_barrier.at[slots[1]])
+        return next_slot(slots[1], stages), [promote(second, sums, *scales_of_both[1])], (first, second)
+
     def zero(width):
         return plgpu.layout_cast(jnp.zeros((WAVE_ROWS, width), jnp.float32), ACCUMULATOR_LAYOUT)
 
@@ -156,8 +186,13 @@ def compute_tile(
     k_tiles = tile.k.num_tiles
     if rows_counted is not None:  # a group may end before this warpgroup's rows
         k_tiles = lax.select(first_row < rows_counted, k_tiles, jnp.int32(0))
+    first = 0
+    if pace.pairs_k_tiles:
+        pairs = lax.div(jnp.int32(k_tiles), 2)
+        slot, sums, _ = lax.fori_loop(0, pairs, accumulate_two_k_tiles, (slot, sums, recycled * 2))
+        first = 2 * pairs
     carry = slot, sums, recycled
-    slot, sums, _ = for_each_k_tile(accumulate_k_tile, k_tiles, full_barrier, carry, waits_ahead)
+    slot, sums, _ = for_each_k_tile(accumulate_k_tile, first, k_tiles, full_barrier, carry, pace.waits_ahead)
     if rows_counted is not None:
         slot = pass_over(tile.k.num_tiles - k_tiles, stages, full_barrier, empty_barrier, slot)
     return sums, slot
@@ -186,9 +221,9 @@ def _multiply(
 
 
 def for_each_k_tile(
-    accumulate: Callable[[Any, Any], Any], k_tiles: Any, full_barrier: Any, carry: Any, waits_ahead: bool
+    accumulate: Callable[[Any, Any], Any], first: Any, k_tiles: Any, full_barrier: Any, carry: Any, waits_ahead: bool
 ) -> Any:
-    """Runs `carry = accumulate(step, carry)` for each k tile; its stage, which is `carry[0]`, is awaited before.
+    """Runs `carry = accumulate(step, carry)` for k tiles from `first` on; each stage, `carry[0]`, is awaited before.
 
     NOTE: a wait stands either before a k tile or, so that the assembler can begin it during the promotion, after the
     one before. Then the last k tile is apart: after it there may be none, and a wait for the next tile's first would
@@ -208,10 +243,10 @@ def for_each_k_tile(
         return carry
 
     if not waits_ahead:
-        return lax.fori_loop(0, k_tiles, wait_and_accumulate, carry)
-    pl.when(k_tiles > 0)(lambda: wait(carry))
-    last = lax.max(jnp.int32(k_tiles) - 1, 0)
-    return lax.fori_loop(last, k_tiles, accumulate, lax.fori_loop(0, last, accumulate_and_wait, carry))
+        return lax.fori_loop(first, k_tiles, wait_and_accumulate, carry)
+    pl.when(k_tiles > first)(lambda: wait(carry))
+    last = lax.max(jnp.int32(k_tiles) - 1, first)
+    return lax.fori_loop(last, k_tiles, accumulate, lax.fori_loop(first, last, accumulate_and_wait, carry))
 
 
 def pass_over(k_tiles: jax.Array, stages: int, full_barrier: Any, empty_barrier: Any, slot: jax.Array) -> jax.Array:

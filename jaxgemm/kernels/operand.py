@@ -31,6 +31,7 @@ class Operand:
         multicast: whether the blocks of a cluster share its loads.
         num_groups: size of its leading axis; 0 if it has none.
         splits_scales: whether its 1x128 scales come in parts (`jaxgemm.kernels.scale_products`).
+        loaded: rows of a tile that are loaded; what lies in the place of the others is never stored.
     """
 
     tile: int
@@ -41,6 +42,7 @@ class Operand:
     multicast: bool = False
     num_groups: int = 0
     splits_scales: bool = False
+    loaded: int = 0
 
     @property
     def slab(self) -> int:

@@ -14,7 +14,7 @@ from jaxgemm.kernels.group_schedule import KGroupSchedule, RowGroupSchedule, k_t
 from jaxgemm.kernels.operand import Operand, operand_buffers
 from jaxgemm.kernels.schedule import LOCAL_AXIS, SHARE_AXIS, DenseSchedule, TileSchedule
 from jaxgemm.kernels.wave import TILE_K, WAVE_ROWS
-from jaxgemm.layout import TMA_ALIGNMENT_BYTES, align_up, cdiv
+from jaxgemm.layout import TMA_ALIGNMENT_BYTES, VALUE_ROW_ALIGNMENT, align_up, cdiv
 from jaxgemm.problem import GemmProblem
 
 
@@ -61,6 +61,10 @@ class Plan:
     @property
     def waits_ahead(self) -> bool:
         return gemm_config.waits_ahead(self.problem, self.config)
+
+    @property
+    def pairs_k_tiles(self) -> bool:
+        return gemm_config.pairs_k_tiles(self.problem, self.config)
 
     @property
     def k_tiles(self) -> int:
@@ -140,7 +144,7 @@ class Plan:
         """Columns of the tile that a block stores."""
         if self.config.split_k == 1:
             return self.columns.tile
-        return split_k.slice_columns(self.columns.tile, self.config.split_k)
+        return gemm_config.split_columns(self.columns.tile, self.config.split_k)
 
 
 def make_plan(problem: GemmProblem, config: GemmConfig, num_sms: int) -> Plan:
@@ -150,7 +154,8 @@ def make_plan(problem: GemmProblem, config: GemmConfig, num_sms: int) -> Plan:
         k_tiles, groups = cdiv(problem.k, TILE_K), problem.num_groups if has_groups else 0
         multicast = is_rows and config.share > 1
         splits = config.multiply_scales and not is_rows
-        return Operand(tile, block_shape[0] == 1, cdiv(rows, 128), k_tiles, dtype, multicast, groups, splits)
+        loaded = min(tile, align_up(rows, VALUE_ROW_ALIGNMENT * (config.share if multicast else 1)))
+        return Operand(tile, block_shape[0] == 1, cdiv(rows, 128), k_tiles, dtype, multicast, groups, splits, loaded)
 
     swap, (lhs_groups, rhs_groups) = config.swap_operands, problem.operands_have_groups
     lhs = operand(problem.m, config.tile_m, problem.lhs_block_shape, problem.lhs_dtype, not swap, lhs_groups)
@@ -180,9 +185,7 @@ def scratch_types(plan: Plan, bias_dtype: Any) -> dict[str, Any]:
         types["bias_full"] = plgpu.Barrier()
         types["bias_empty"] = plgpu.Barrier(num_arrivals=config.warpgroups)
     if config.split_k > 1:
-        types["partial_smem"] = split_k.partial_buffer(config.warpgroups, plan.columns.tile)
-        types["ready_barrier"] = split_k.exchange_barrier(config.warpgroups)
-        types["used_barrier"] = split_k.exchange_barrier(config.warpgroups)
+        types["exchange"] = split_k.exchange_types(config.warpgroups, plan.columns.tile, config.split_k)
     return types
 
 

@@ -135,13 +135,19 @@ def first_tile(schedule: TileSchedule) -> Tile:
     return schedule.tile(lax.axis_index(SM_AXIS))
 
 
+def tiles_of_cluster(schedule: TileSchedule) -> jax.Array:
+    """How many tiles this cluster computes."""
+    cluster, num_clusters = lax.axis_index(SM_AXIS), lax.axis_size(SM_AXIS)
+    return lax.div(jnp.int32(schedule.num_tiles) - cluster + (num_clusters - 1), jnp.int32(num_clusters))
+
+
 def for_each_tile(schedule: TileSchedule, body: Callable[[Tile, Tile, Any], Any], carry: Any) -> Any:
     """Runs `carry = body(tile, upcoming, carry)` for this cluster's tiles; `upcoming` is the next one (or the last).
 
     NOTE: a tile is looked up once, while the one before is still to be computed: a look-up in a table takes a while.
     """
     cluster, num_clusters = lax.axis_index(SM_AXIS), lax.axis_size(SM_AXIS)
-    steps = lax.div(jnp.int32(schedule.num_tiles) - cluster + (num_clusters - 1), jnp.int32(num_clusters))
+    steps = tiles_of_cluster(schedule)
 
     def look_up(step):
         return schedule.tile(cluster + lax.max(lax.min(step, steps - 1), 0) * num_clusters)

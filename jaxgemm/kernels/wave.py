@@ -71,41 +71,31 @@ def multiply_wave(
     Returns:
         float32 `[64, columns tile]`, and what `meanwhile` returned.
     """
-    shape = (WAVE_ROWS, columns_smem.shape[1])
-    names = FP8_NAMES[jnp.dtype(rows_smem.dtype)], FP8_NAMES[jnp.dtype(columns_smem.dtype)]
-    operand, scalar = plgpu.RefType(OPERAND_TRANSFORMS), plgpu.Layout.WG_SPLAT(())
-
-    @plgpu.inline_mgpu(
-        arg_types=(operand, operand, scalar, scalar, ACCUMULATOR_LAYOUT),
-        return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=ACCUMULATOR_LAYOUT),
-    )
-    def issue(ctx, rows, columns, slot, row, recycled):
-        del ctx
-        slot, row = (scalar.registers.flat[0] for scalar in (slot, row))
-        descriptors = descriptors_of_wave(rows, columns, slot, row)
-        registers = fence_registers(scalars(recycled))
-        nvvm.wgmma_fence_aligned()
-        turn = _turn(0, num_warpgroups) if num_warpgroups > 1 else None
-        registers = issue_products(registers, *descriptors, shape[1], names, turn)
-        if meanwhile is not None:
-            sync_warp()
-        return from_scalars(registers, recycled)
-
-    @plgpu.inline_mgpu(
-        arg_types=(ACCUMULATOR_LAYOUT,),
-        return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=ACCUMULATOR_LAYOUT),
-    )
-    def wait(ctx, product):
-        del ctx
-        if num_warpgroups > 1:
-            nvvm.wgmma_wait_group_sync_aligned(1)
-            _named_barrier("arrive", _turn(1, num_warpgroups))
-        nvvm.wgmma_wait_group_sync_aligned(0)
-        return from_scalars(fence_registers(scalars(product)), product)
-
-    product = issue(rows_smem, columns_smem, jnp.int32(slot), jnp.int32(row), recycled)
+    wave = _Wave(columns_smem, num_warpgroups, has_company=meanwhile is not None)
+    product = wave.issue(rows_smem, columns_smem, slot, row, recycled)
     result = None if meanwhile is None else meanwhile()
-    return wait(product), result
+    return wave.wait(product), result
+
+
+def multiply_two_waves(
+    rows_smem, columns_smem, slots: tuple, row, recycled: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, Callable[[], jax.Array]]:
+    """Starts the products of two k tiles, and returns the first when it is done; the tensor core goes on meanwhile.
+
+    Args:
+        rows_smem: as for `multiply_wave`.
+        columns_smem: as for `multiply_wave`.
+        slots: both stages.
+        row: the wave's first row in the rows tile.
+        recycled: two products no longer needed.
+
+    Returns:
+        The first product, and what returns the second one.
+    """
+    wave = _Wave(columns_smem)
+    operands = zip(slots, recycled, strict=True)
+    first, second = [wave.issue(rows_smem, columns_smem, slot, row, old) for slot, old in operands]
+    return wave.wait(first, pending=1), lambda: wave.wait(second)
 
 
 def sync_warpgroup() -> None:
@@ -123,6 +113,50 @@ def close_turns(num_warpgroups: int) -> None:
     """Takes the turn that nobody needs any more: called once by the first compute warpgroup."""
     if num_warpgroups > 1:
         plgpu.inline_mgpu()(lambda ctx: _named_barrier("sync", _turn(0, num_warpgroups)))()
+
+
+class _Wave:
+    """The two halves of `multiply_wave`, for a columns operand of this shape."""
+
+    def __init__(self, columns_smem, num_warpgroups: int = 1, has_company: bool = False):
+        self.num_warpgroups = num_warpgroups
+        self.has_company = has_company
+        self.shape = (WAVE_ROWS, columns_smem.shape[1])
+        self.result = plgpu.ShapeDtypeStruct(self.shape, jnp.float32, layout=ACCUMULATOR_LAYOUT)
+
+    def issue(self, rows_smem, columns_smem, slot, row, recycled: jax.Array) -> jax.Array:
+        """Starts a product; nothing may touch what it returns until `wait` has returned it."""
+        names = FP8_NAMES[jnp.dtype(rows_smem.dtype)], FP8_NAMES[jnp.dtype(columns_smem.dtype)]
+        operand, scalar = plgpu.RefType(OPERAND_TRANSFORMS), plgpu.Layout.WG_SPLAT(())
+
+        @plgpu.inline_mgpu(arg_types=(operand, operand, scalar, scalar, ACCUMULATOR_LAYOUT), return_type=self.result)
+        def issue(ctx, rows, columns, slot, row, recycled):
+            del ctx
+            slot, row = (scalar.registers.flat[0] for scalar in (slot, row))
+            descriptors = descriptors_of_wave(rows, columns, slot, row)
+            registers = fence_registers(scalars(recycled))
+            nvvm.wgmma_fence_aligned()
+            turn = _turn(0, self.num_warpgroups) if self.num_warpgroups > 1 else None
+            registers = issue_products(registers, *descriptors, self.shape[1], names, turn)
+            if self.has_company:
+                sync_warp()
+            return from_scalars(registers, recycled)
+
+        return issue(rows_smem, columns_smem, jnp.int32(slot), jnp.int32(row), recycled)
+
+    def wait(self, product: jax.Array, pending: int = 0) -> jax.Array:
+        """Waits for a product, while so many later ones may still be under way."""
+
+        @plgpu.inline_mgpu(arg_types=(ACCUMULATOR_LAYOUT,), return_type=self.result)
+        def wait(ctx, product):
+            del ctx
+            if self.num_warpgroups > 1:
+                nvvm.wgmma_wait_group_sync_aligned(1)
+                _named_barrier("arrive", _turn(1, self.num_warpgroups))
+            nvvm.wgmma_wait_group_sync_aligned(pending)
+            return from_scalars(fence_registers(scalars(product)), product)
+
+        return wait(product)
 
 
 def multiply_wave_portable(
@@ -143,6 +177,15 @@ def multiply_wave_portable(
         return accumulator[...]
 
     return pl.run_scoped(product, plgpu.ACC(shape)), None if meanwhile is None else meanwhile()
+
+
+def multiply_two_waves_portable(
+    rows_smem, columns_smem, slots: tuple, row, recycled: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, Callable[[], jax.Array]]:
+    """`multiply_two_waves` in plain Pallas, for the interpreter."""
+    operands = zip(slots, recycled, strict=True)
+    first, second = [multiply_wave_portable(rows_smem, columns_smem, slot, row, old, 1)[0] for slot, old in operands]
+    return first, lambda: second
 
 
 def issue_products(

@@ -25,7 +25,7 @@ from kernel_support import (
     stored_shapes,
 )
 
-from jaxgemm.gemm_config import SHARED_MEMORY_BYTES, GemmConfig, shared_memory_bytes, why_invalid
+from jaxgemm.gemm_config import SHARED_MEMORY_BYTES, GemmConfig, shared_memory_bytes, split_columns, why_invalid
 from jaxgemm.kernels import split_k
 from jaxgemm.kernels.hopper_gemm import hopper_gemm
 from jaxgemm.kernels.plan import make_plan, scratch_types
@@ -135,13 +135,16 @@ def test_matches_the_dequantized_product(case):
 @pytest.mark.parametrize("columns", range(8, 129, 8))
 def test_blocks_that_share_out_k_store_every_column(columns, split):
     """The interpreter cannot read another block's shared memory: this is what it would have shown."""
-    width = split_k.slice_columns(columns, split)
+    width, starts = split_columns(columns, split), split_k.slice_starts(columns, split)
     stored = np.zeros(columns, bool)
     for rank in range(split):
         if rank * width < columns:
             start = int(split_k.slice_start(columns, split, jnp.int32(rank)))
             assert 0 <= start <= columns - width
+            assert start == starts[rank] and start % 8 == 0
             stored[start : start + width] = True
+        else:
+            assert rank >= len(starts)
     assert stored.all()
 
 
