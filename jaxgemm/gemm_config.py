@@ -43,8 +43,9 @@ MAX_FACTOR_COLUMNS = 128
 MAX_MULTIPLIED_REGISTERS = 216
 """The most for sums, one product and the products of its scales: 128x144 and 256x104."""
 
-MAX_PAIRED_COLUMNS = 64
-"""Most columns of a wave of which two k tiles are multiplied at once (`pairs_k_tiles`)."""
+MAX_SHORT_COLUMNS = 64
+"""Most columns of a wave whose product is short: two k tiles are multiplied at once (`pairs_k_tiles`), and every thread
+frees its stage by itself (`frees_early`)."""
 
 CLUSTERS_THAT_FIT = 0.8
 """Share of the clusters of more than two blocks, as many as there are multiprocessors for, that run at once."""
@@ -151,6 +152,8 @@ def why_invalid(problem: GemmProblem, config: GemmConfig) -> str | None:
         return f"split_k={config.split_k} exceeds the k tiles, or a cluster of {MAX_CLUSTER}"
     if config.share > 1 and (config.swap_operands or (all_scales_per_row(problem) and not config.multiply_scales)):
         return "swapped operands, and scales of 1x128 blocks on both sides without multiply_scales, share no loads"
+    if config.share > 1 and not frees_early(problem, config):
+        return f"one wave of up to {MAX_SHORT_COLUMNS} columns shares no loads: its stages are freed thread by thread"
     used = shared_memory_bytes(problem, config)
     if used > SHARED_MEMORY_BYTES:
         return f"it needs {used} bytes of shared memory, a block has {SHARED_MEMORY_BYTES}"
@@ -335,18 +338,24 @@ def pairs_k_tiles(problem: GemmProblem, config: GemmConfig) -> bool:
     """
     return (
         config.num_waves == 1
-        and config.tile_columns <= MAX_PAIRED_COLUMNS
+        and config.tile_columns <= MAX_SHORT_COLUMNS
         and when_scales_are_read(problem, config) == "before"
         and not takes_turns(problem, config)
     )
 
 
-def frees_early(scales_are_read: ScalesAreRead) -> bool:
-    """Whether all scales that a warpgroup reads of a stage have been read once its last product is complete.
+def frees_early(problem: GemmProblem, config: GemmConfig) -> bool:
+    """Whether one thread may free a stage for its warpgroup as soon as the last product of it is complete.
 
-    The product needs those that are read before it, of all its warps.
+    Then all four warps have given the tensor core their part, and have asked for their scales before. But a warp may
+    still wait for these: reading shared memory has its own queue, in which another warpgroup's stores can be before
+    it. Where the last product is not the first one of the stage, the promotion between them has had the scales.
+    Otherwise the product must take longer than that queue can be, or a stage is written again before its scales have
+    been read: seen with 64x16 a warpgroup, of which two k tiles were multiplied at once.
     """
-    return scales_are_read in ("before", "multiplied")
+    how = when_scales_are_read(problem, config)
+    is_long = config.num_waves > 1 or (config.tile_columns > MAX_SHORT_COLUMNS and not config.swap_operands)
+    return how == "multiplied" or (how == "before" and is_long)
 
 
 def _may_multiply_scales(problem: GemmProblem, config: GemmConfig) -> bool:

@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from jaxgemm.gemm_config import (
+    MAX_SHORT_COLUMNS,
     GemmConfig,
     all_scales_per_row,
     block_shapes,
     clusters_at_once,
+    pairs_k_tiles,
     takes_turns,
     with_most_stages,
 )
@@ -28,7 +30,8 @@ def candidates(problem: GemmProblem) -> Iterator[GemmConfig]:
     extent = expected_extent(problem)
     if extent.m <= FEW_ROWS and problem.kind not in ("k_grouped", "k_masked"):
         tile_m = align_up(extent.m, 8) if problem.kind == "dense" else _tile_of_groups(problem, extent)
-        for tile_n, warpgroups in ((64, 1), (128, 2), (192, 3)):
+        wide = problem.kind == "dense" and tile_m > MAX_SHORT_COLUMNS  # slow in tiles of several warpgroups
+        for tile_n, warpgroups in ((64, 1),) if wide else ((64, 1), (128, 2), (192, 3)):
             for split_k in SPLITS if problem.kind == "dense" else (1,):
                 shapes.append(GemmConfig(tile_m, tile_n, 2, warpgroups, swap_operands=True, split_k=split_k))
     for tile_m, warpgroups in ((256, 2), (192, 3), (128, 2), (64, 1)):
@@ -143,6 +146,10 @@ MAC_MICROSECONDS = 2.14e-5
 TILE_MICROSECONDS = {1: 0.9, 2: 1.3}
 """Time of a tile outside its main loop, by the waves of a warpgroup; the intercept of the same measurements."""
 
+SWAPPED_WARPGROUP_MICROSECONDS = 0.3
+"""What each warpgroup beyond the first adds to a tile of few rows: 4096x7168 with 128 weight rows a block takes 0.6 to 1.6
+us more than with 64 (H100)."""
+
 OLDER_MAC_MICROSECONDS = 2.29e-5
 """The same of an earlier main loop on an H200, by which groups and 1x128 blocks on both sides were measured."""
 
@@ -172,13 +179,13 @@ FEW_ROWS = 128
 LATENCY_MICROSECONDS = 0.2
 """Least time of a k tile: wait, multiply, promote; one warpgroup alone takes longer (`_latency`)."""
 
-SM_BYTES_PER_MICROSECOND = 90e3
+SM_BYTES_PER_MICROSECOND = 100e3
 """What one SM takes in from the L2 cache: 128x64 tiles of 128 rows, H200."""
 
 MEMORY_BYTES_PER_MICROSECOND = 3.6e6
 """What weights are read at: device memory, between an H100 and an H200."""
 
-SPLIT_MICROSECONDS = (0.5, 0.008)
+SPLIT_MICROSECONDS = (0.1, 0.0143)
 """Time to exchange partial sums in a cluster: of any tile, and for each of its columns."""
 
 
@@ -206,7 +213,8 @@ def predicted_microseconds(problem: GemmProblem, config: GemmConfig, num_sms: in
         return before + max(waves * k_tiles * k_tile, memory) + waves * tile
     split = SPLIT_MICROSECONDS[0] + SPLIT_MICROSECONDS[1] * config.tile_columns if config.split_k > 1 else 0.0
     after_last_bytes = 2 * k_tile + tile
-    return before + max(waves * (k_tiles * k_tile + tile), memory + after_last_bytes) + split
+    longest = max(waves * (k_tiles * k_tile + tile), memory + after_last_bytes) + waves * split
+    return before + longest * _of_idle_blocks(problem, config, tiles, num_sms)
 
 
 def _missing_rows(problem: GemmProblem, config: GemmConfig) -> int:
@@ -214,6 +222,14 @@ def _missing_rows(problem: GemmProblem, config: GemmConfig) -> int:
     if problem.kind != "dense" or config.swap_operands or not config.tile_m < problem.m <= FEW_ROWS:
         return 0
     return max(0, align_up(problem.m, config.tile_m) - problem.m - 16)
+
+
+def _of_idle_blocks(problem: GemmProblem, config: GemmConfig, tiles: int, num_sms: int) -> float:
+    """Few rows: what it costs that multiprocessors are left over, of which others could have asked for weights."""
+    if problem.m > FEW_ROWS:
+        return 1.0
+    blocks = min(tiles, clusters_at_once(config, num_sms)) * config.split_k
+    return 1.0 + 0.02 * (1.0 - min(blocks, num_sms) / num_sms)
 
 
 def _of_a_long_walk(problem: GemmProblem, config: GemmConfig, waves: int) -> float:
@@ -279,7 +295,8 @@ def _microseconds_beside_main_loop(problem: GemmProblem, config: GemmConfig) -> 
         return MULTIPLIED_TILE_MICROSECONDS[waves]
     if all_scales_per_row(problem):
         return 1.9 if waves > 1 and problem.out_dtype.itemsize == 4 else 1.0
-    return TILE_MICROSECONDS[waves]
+    transposed = SWAPPED_WARPGROUP_MICROSECONDS * (config.warpgroups - 1) if config.swap_operands else 0.0
+    return TILE_MICROSECONDS[waves] + transposed
 
 
 def _latency(problem: GemmProblem, config: GemmConfig) -> float:
@@ -287,11 +304,12 @@ def _latency(problem: GemmProblem, config: GemmConfig) -> float:
 
     Fitted to products of 1 to 128 rows on an H200.
     """
-    if config.warpgroups > 1:
+    reads_many = config.swap_operands and not pairs_k_tiles(problem, config)  # scales of more than 64 columns
+    if config.warpgroups > 1 and not reads_many:
         return LATENCY_MICROSECONDS
     scaled_per_row = block_shapes(problem)[not config.swap_operands][0] == 1
     first, each = (0.155, 0.0015) if scaled_per_row else (0.1, 0.0014)
-    return config.num_waves * max(0.17, first + each * config.tile_columns)
+    return config.num_waves * max(0.17, first + each * config.tile_columns) * (1.4 if reads_many else 1.0)
 
 
 @functools.lru_cache(maxsize=1024)

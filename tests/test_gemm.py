@@ -110,8 +110,8 @@ def test_tiles_of_large_products(name, m, n, k):
 @pytest.mark.skipif("mosaic" not in available_implementations(), reason="needs a Hopper GPU")
 def test_a_long_product_of_even_waves():
     """From k = 4096 on only as many pairs of blocks run as even waves need: here three quarters of them."""
-    config = GemmConfig(128, 32, 6, share=2)
-    lhs, rhs = operands(1000, 1100, 4100)
+    config = GemmConfig(256, 32, 4, share=2)
+    lhs, rhs = operands(1000, 2280, 4100)
     with tiles.forced(config):
         out = jaxgemm.gemm(lhs, rhs, preferred_element_type=jnp.float32, implementation="mosaic")
     assert_close(out, oracle(lhs, rhs))
@@ -134,7 +134,7 @@ def test_blocks_that_share_out_k_compute_many_tiles(tile_m, split_k, warpgroups)
 @pytest.mark.skipif("mosaic" not in available_implementations(), reason="needs a Hopper GPU")
 @pytest.mark.parametrize("k", [100, 1100, 1150, 7168])
 @pytest.mark.parametrize(
-    "tile", ["64x32", "128x64", "192x64", "64x32, loads shared", "16x64, swapped", "64x192, swapped"]
+    "tile", ["64x32", "128x64", "192x64", "256x64, loads shared", "16x64, swapped", "64x192, swapped"]
 )
 @pytest.mark.parametrize("m", [1, 9, 61, 72, 200])
 def test_few_rows_in_tiles_of_two_k_tiles_at_once(tile, m, k):
@@ -143,7 +143,7 @@ def test_few_rows_in_tiles_of_two_k_tiles_at_once(tile, m, k):
         "64x32": GemmConfig(64, 32, 12, 1),
         "128x64": GemmConfig(128, 64, 3),
         "192x64": GemmConfig(192, 64, 2, 3),
-        "64x32, loads shared": GemmConfig(64, 32, 8, 1, share=2),
+        "256x64, loads shared": GemmConfig(256, 64, 4, share=2),
         "16x64, swapped": GemmConfig(16, 64, 8, 1, swap_operands=True),
         "64x192, swapped": GemmConfig(64, 192, 5, 3, swap_operands=True),
     }[tile]

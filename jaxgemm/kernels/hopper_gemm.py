@@ -169,7 +169,7 @@ def compute_role(
         multiply_two_waves_portable if interpret else multiply_two_waves,
         multiply_wave_and_scales_portable if interpret else multiply_wave_and_scales,
     )
-    pace = Pace(plan.scales_are_read, plan.waits_ahead, plan.pairs_k_tiles)
+    pace = Pace(plan.scales_are_read, plan.waits_ahead, plan.frees_early, plan.pairs_k_tiles)
     sync = plgpu.commit_smem if interpret else sync_warpgroup
     problem, config = plan.problem, plan.config
     warpgroup = lax.axis_index("warpgroup")

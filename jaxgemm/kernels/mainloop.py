@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxgemm.gemm_config import ScalesAreRead, frees_early
+from jaxgemm.gemm_config import ScalesAreRead
 from jaxgemm.kernels.operand import Operand, OperandRefs
 from jaxgemm.kernels.promotion import TileScales, chunk_columns, factors, promote
 from jaxgemm.kernels.schedule import SHARE_AXIS, Tile
@@ -33,11 +33,14 @@ class Pace(NamedTuple):
     Attributes:
         scales_are_read: when, beside a wave's product.
         waits_ahead: whether a warpgroup asks for the next k tile while it promotes this one; else when it needs it.
+        frees_early: whether one thread frees a stage when its last product is complete; else all do, when they have
+            promoted it.
         pairs_k_tiles: whether two k tiles are multiplied before the first of them is promoted.
     """
 
     scales_are_read: ScalesAreRead
     waits_ahead: bool
+    frees_early: bool
     pairs_k_tiles: bool
 
 
@@ -148,7 +151,7 @@ def compute_tile(
         new_sums = []
         for wave, row in enumerate(wave_rows):
             recycled, products_of_scales = _multiply(scales, place, row, recycled, multiply, scales_are_read)
-            if frees_early(scales_are_read) and wave == num_waves - 1:
+            if pace.frees_early and wave == num_waves - 1:
                 plgpu.barrier_arrive(empty_barrier.at[slot])
             if products_of_scales is not None:
                 new_sums.append([sums[wave][0] + recycled[0] * products_of_scales])
@@ -158,7 +161,7 @@ def compute_tile(
             else:
                 of_wave = row_scales[wave], column_scales
             new_sums.append(promote(recycled[0], sums[wave], *of_wave))
-        if not frees_early(scales_are_read):
+        if not pace.frees_early:
             plgpu.barrier_arrive(empty_barrier.at[slot])
         return next_slot(slot, stages), new_sums, recycled
 

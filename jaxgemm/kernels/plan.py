@@ -63,6 +63,10 @@ class Plan:
         return gemm_config.waits_ahead(self.problem, self.config)
 
     @property
+    def frees_early(self) -> bool:
+        return gemm_config.frees_early(self.problem, self.config)
+
+    @property
     def pairs_k_tiles(self) -> bool:
         return gemm_config.pairs_k_tiles(self.problem, self.config)
 
@@ -192,12 +196,10 @@ def scratch_types(plan: Plan, bias_dtype: Any) -> dict[str, Any]:
 def _empty_barrier(plan: Plan) -> Any:
     """The barriers that free a stage; a cluster barrier takes one arrival a warpgroup, a plain one takes 128.
 
-    NOTE: the scales that are read before the last product have been read by all warps of the warpgroup once that
-    product is complete, since it needs them all; then one thread can release the stage for them all. Those that are
-    read later have not, and every thread must arrive.
+    NOTE: where a stage is not freed early, every thread must arrive: one cannot speak for what others have read.
     """
     arrivals, stages = plan.config.warpgroups, plan.config.stages
-    if not gemm_config.frees_early(plan.scales_are_read):
+    if not plan.frees_early:
         return plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages)
     axis = SHARE_AXIS if plan.config.share > 1 else LOCAL_AXIS
     return plgpu.ClusterBarrier(collective_axes=(axis,), num_arrivals=arrivals, num_barriers=stages)

@@ -311,8 +311,8 @@ def test_k_grouped_products_get_the_tiles_that_were_fastest(m, n, groups):
 @pytest.mark.parametrize(
     "m, n, k, fastest",
     [  # the fastest, and those within 2 % of it, in benchmarks/results/few-rows-h100.json
-        (16, 4096, 4096, [(16, 64, 8), (16, 64, 12)]),  # 64x32 leaves 48 rows for the TMA to fill: 36 % slower
-        (32, 4096, 4096, [(32, 64, 8), (32, 64, 12)]),
+        (16, 4096, 4096, [(16, 64, 8), (16, 64, 12)]),
+        (32, 4096, 4096, [(32, 64, 8), (32, 64, 12), (64, 32, 12)]),
         (64, 4096, 7168, [(64, 32, 12)]),
         (128, 4096, 7168, [(64, 64, 12), (64, 64, 10)]),
         (64, 7168, 16384, [(64, 64, 8)]),
@@ -322,3 +322,25 @@ def test_k_grouped_products_get_the_tiles_that_were_fastest(m, n, groups):
 def test_few_rows_get_the_tiles_and_stages_that_were_fastest(m, n, k, fastest):
     config = choose_config(problem(m, n, k), 132)
     assert (config.tile_m, config.tile_n, config.stages) in fastest
+
+
+@pytest.mark.parametrize(
+    "m, n, k, fastest",
+    [  # blocks that share out k: the fastest, and those within 3 % of it, in benchmarks/results/few-rows-h100.json
+        (1, 576, 7168, [(64, 4), (64, 8)]),
+        (16, 576, 7168, [(64, 4), (64, 8)]),
+        (64, 576, 7168, [(64, 8)]),
+        (16, 1536, 7168, [(64, 4)]),
+        (64, 1536, 7168, [(64, 4)]),
+        (1, 2112, 7168, [(64, 3), (128, 4)]),
+        (64, 2112, 7168, [(64, 3)]),
+        (128, 2112, 7168, [(32, 1)]),
+        (16, 4096, 7168, [(64, 2)]),
+        (64, 4096, 7168, [(32, 1)]),
+        (96, 4096, 7168, [(32, 1)]),
+        (128, 24576, 1536, [(64, 1), (128, 1)]),
+    ],
+)
+def test_few_rows_get_as_many_blocks_for_k_as_were_fastest(m, n, k, fastest):
+    config = choose_config(problem(m, n, k), 132)
+    assert (config.tile_n, config.split_k) in fastest
