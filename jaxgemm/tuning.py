@@ -147,8 +147,8 @@ TILE_MICROSECONDS = {1: 0.9, 2: 1.3}
 """Time of a tile outside its main loop, by the waves of a warpgroup; the intercept of the same measurements."""
 
 SWAPPED_WARPGROUP_MICROSECONDS = 0.3
-"""What each warpgroup beyond the first adds to a tile of few rows: 4096x7168 with 128 weight rows a block takes 0.6 to 1.6
-us more than with 64 (H100)."""
+"""What each warpgroup beyond the first adds to a tile of few rows: 4096x7168 with 128 weight rows a block takes 0.6 to
+1.6 us more than with 64 (H100)."""
 
 OLDER_MAC_MICROSECONDS = 2.29e-5
 """The same of an earlier main loop on an H200, by which groups and 1x128 blocks on both sides were measured."""
