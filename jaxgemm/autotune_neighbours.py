@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from jaxgemm.gemm_config import GemmConfig, why_invalid, with_most_stages
 from jaxgemm.layout import cdiv
 from jaxgemm.problem import GemmProblem
+from jaxgemm.tuning import SPLITS
 
 
 def neighbours(problem: GemmProblem, config: GemmConfig) -> Iterator[GemmConfig]:
@@ -15,7 +16,7 @@ def neighbours(problem: GemmProblem, config: GemmConfig) -> Iterator[GemmConfig]
     if min(rows_of_tiles, columns_of_tiles) > 1:  # the order of the tiles matters
         changes += [{"band": band} for band in (2, 4, 8, 16, 32)]
         changes += [{"band_along_n": not config.band_along_n}]
-    changes += [{"split_k": split_k} for split_k in (1, 2, 4)]
+    changes += [{"split_k": split_k} for split_k in SPLITS]
     changes += [{"share": share} for share in (1, 2)]
     changes += [{"multiply_scales": multiplies, "share": 1 + multiplies} for multiplies in (False, True)]
     if problem.n * problem.out_dtype.itemsize % 16:

@@ -180,13 +180,13 @@ LATENCY_MICROSECONDS = 0.2
 """Least time of a k tile: wait, multiply, promote; one warpgroup alone takes longer (`_latency`)."""
 
 SM_BYTES_PER_MICROSECOND = 100e3
-"""What one SM takes in from the L2 cache: 128x64 tiles of 128 rows, H200."""
+"""What one SM takes in from the L2 cache: 128 rows in tiles of 128x64 on an H200 (90), and 128x96 beside it, H100."""
 
 MEMORY_BYTES_PER_MICROSECOND = 3.6e6
 """What weights are read at: device memory, between an H100 and an H200."""
 
 SPLIT_MICROSECONDS = (0.1, 0.0143)
-"""Time to exchange partial sums in a cluster: of any tile, and for each of its columns."""
+"""Time to exchange partial sums in a cluster: of any tile, and for each of its columns; H100, 8 to 64 columns."""
 
 
 GROUP_SPREAD = (0.7, 0.85, 1.0, 1.15, 1.3)
@@ -302,9 +302,9 @@ def _microseconds_beside_main_loop(problem: GemmProblem, config: GemmConfig) -> 
 def _latency(problem: GemmProblem, config: GemmConfig) -> float:
     """Least microseconds of a k tile: if one warpgroup multiplies and promotes in turn, by the columns of its wave.
 
-    Fitted to products of 1 to 128 rows on an H200.
+    Fitted to products of 1 to 128 rows on an H200; many scales a k tile, to 96 and 128 swapped rows on an H100.
     """
-    reads_many = config.swap_operands and not pairs_k_tiles(problem, config)  # scales of more than 64 columns
+    reads_many = problem.kind == "dense" and config.swap_operands and not pairs_k_tiles(problem, config)
     if config.warpgroups > 1 and not reads_many:
         return LATENCY_MICROSECONDS
     scaled_per_row = block_shapes(problem)[not config.swap_operands][0] == 1

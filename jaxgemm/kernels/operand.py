@@ -24,6 +24,7 @@ class Operand:
 
     Attributes:
         tile: rows of it in a tile.
+        loaded: those that are loaded, fewer if it has no more; what lies in the place of the others is never stored.
         scale_per_row: True if scaled by 1x128 blocks, False if by 128x128.
         num_scale_blocks: rows of the stored 128x128 scales of a group; unused if scale_per_row.
         k_tiles: k tiles, and columns of the stored 128x128 scales.
@@ -31,10 +32,10 @@ class Operand:
         multicast: whether the blocks of a cluster share its loads.
         num_groups: size of its leading axis; 0 if it has none.
         splits_scales: whether its 1x128 scales come in parts (`jaxgemm.kernels.scale_products`).
-        loaded: rows of a tile that are loaded; what lies in the place of the others is never stored.
     """
 
     tile: int
+    loaded: int
     scale_per_row: bool
     num_scale_blocks: int
     k_tiles: int
@@ -42,7 +43,6 @@ class Operand:
     multicast: bool = False
     num_groups: int = 0
     splits_scales: bool = False
-    loaded: int = 0
 
     @property
     def slab(self) -> int:

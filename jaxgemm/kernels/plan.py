@@ -159,7 +159,7 @@ def make_plan(problem: GemmProblem, config: GemmConfig, num_sms: int) -> Plan:
         multicast = is_rows and config.share > 1
         splits = config.multiply_scales and not is_rows
         loaded = min(tile, align_up(rows, VALUE_ROW_ALIGNMENT * (config.share if multicast else 1)))
-        return Operand(tile, block_shape[0] == 1, cdiv(rows, 128), k_tiles, dtype, multicast, groups, splits, loaded)
+        return Operand(tile, loaded, block_shape[0] == 1, cdiv(rows, 128), k_tiles, dtype, multicast, groups, splits)
 
     swap, (lhs_groups, rhs_groups) = config.swap_operands, problem.operands_have_groups
     lhs = operand(problem.m, config.tile_m, problem.lhs_block_shape, problem.lhs_dtype, not swap, lhs_groups)
