@@ -348,10 +348,10 @@ def frees_early(problem: GemmProblem, config: GemmConfig) -> bool:
     """Whether one thread may free a stage for its warpgroup as soon as the last product of it is complete.
 
     Then all four warps have given the tensor core their part, and have asked for their scales before. But a warp may
-    still wait for these: reading shared memory has its own queue, in which another warpgroup's stores can be before
-    it. Where the last product is not the first one of the stage, the promotion between them has had the scales.
-    Otherwise the product must take longer than that queue can be, or a stage is written again before its scales have
-    been read: seen with 64x16 a warpgroup, of which two k tiles were multiplied at once.
+    still wait for these, presumably while products of few columns take all that shared memory can give. Where the last
+    product is not the first one of the stage, the promotion between them has had the scales. Otherwise the product
+    must take longer than a warp can wait, or a stage is written again before its scales have been read: seen with
+    64x16 a warpgroup, of which two k tiles were multiplied at once, and never with more than 64 columns (H100).
     """
     how = when_scales_are_read(problem, config)
     is_long = config.num_waves > 1 or (config.tile_columns > MAX_SHORT_COLUMNS and not config.swap_operands)
