@@ -3,6 +3,7 @@
 A tile is computed from a *rows* operand (the M side of wgmma) and a *columns* operand (its N side), both K-major.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -138,89 +139,110 @@ def compute_tile(
     Returns:
         The float32 sums, one list of column chunks `[64, chunk]` a wave, and the next stage.
     """
-    columns, tile, scales_are_read = scales.columns, scales.tile, pace.scales_are_read
-    chunk = chunk_columns(columns[0])
+    columns, tile = scales.columns[0], scales.tile
+    chunk = chunk_columns(columns)
     first_row = scales.warpgroup * (num_waves * WAVE_ROWS)
-    wave_rows = [first_row + wave * WAVE_ROWS for wave in range(num_waves)]
-
-    def accumulate_k_tile(step, carry):
-        slot, sums, recycled = carry
-        place = scales.of_k_tile(step, slot)
-        if scales_are_read == "before":
-            row_scales, column_scales = [scales.of_rows(place, row) for row in wave_rows], scales.of_columns(place)
-        new_sums = []
-        for wave, row in enumerate(wave_rows):
-            recycled, products_of_scales = _multiply(scales, place, row, recycled, multiply, scales_are_read)
-            if pace.frees_early and wave == num_waves - 1:
-                plgpu.barrier_arrive(empty_barrier.at[slot])
-            if products_of_scales is not None:
-                new_sums.append([sums[wave][0] + recycled[0] * products_of_scales])
-                continue
-            if scales_are_read == "after":
-                of_wave = scales.of_rows(place, row), scales.of_columns(place)
-            else:
-                of_wave = row_scales[wave], column_scales
-            new_sums.append(promote(recycled[0], sums[wave], *of_wave))
-        if not pace.frees_early:
-            plgpu.barrier_arrive(empty_barrier.at[slot])
-        return next_slot(slot, stages), new_sums, recycled
-
-    def accumulate_two_k_tiles(pair, carry):
-        slot, [sums], recycled = carry
-        slots = slot, next_slot(slot, stages)
-        for of_one in slots:
-            plgpu.barrier_wait(full_barrier.at[of_one])
-        places = [scales.of_k_tile(2 * pair + i, of_one) for i, of_one in enumerate(slots)]
-        [row] = wave_rows
-        scales_of_both = [(scales.of_rows(place, row), scales.of_columns(place)) for place in places]
-        values = scales.rows[1].values_smem, scales.columns[1].values_smem
-        first, second_product = multiply.two_waves(*values, slots, row, recycled)
-        plgpu.barrier_arrive(empty_barrier.at[slots[0]])
-        sums = promote(first, sums, *scales_of_both[0])
-        second = second_product()
-        plgpu.barrier_arrive(empty_barrier.at[slots[1]])
-        return next_slot(slots[1], stages), [promote(second, sums, *scales_of_both[1])], (first, second)
+    wave_rows = tuple(first_row + wave * WAVE_ROWS for wave in range(num_waves))
+    accumulate = _Accumulate(scales, wave_rows, stages, full_barrier, empty_barrier, multiply, pace)
 
     def zero(width):
         return plgpu.layout_cast(jnp.zeros((WAVE_ROWS, width), jnp.float32), ACCUMULATOR_LAYOUT)
 
-    sums = [[zero(chunk)] * (columns[0].tile // chunk) for _ in range(num_waves)]
-    recycled = (zero(columns[0].tile),) * (2 if scales_are_read == "multiplied" else 1)
+    sums = [[zero(chunk)] * (columns.tile // chunk) for _ in range(num_waves)]
+    recycled = (zero(columns.tile),) * (2 if pace.scales_are_read == "multiplied" else 1)
     k_tiles = tile.k.num_tiles
     if rows_counted is not None:  # a group may end before this warpgroup's rows
         k_tiles = lax.select(first_row < rows_counted, k_tiles, jnp.int32(0))
     first = 0
     if pace.pairs_k_tiles:
         pairs = lax.div(jnp.int32(k_tiles), 2)
-        slot, sums, _ = lax.fori_loop(0, pairs, accumulate_two_k_tiles, (slot, sums, recycled * 2))
+        slot, sums, _ = lax.fori_loop(0, pairs, accumulate.two_k_tiles, (slot, sums, recycled * 2))
         first = 2 * pairs
     carry = slot, sums, recycled
-    slot, sums, _ = for_each_k_tile(accumulate_k_tile, first, k_tiles, full_barrier, carry, pace.waits_ahead)
+    slot, sums, _ = for_each_k_tile(accumulate.k_tile, first, k_tiles, full_barrier, carry, pace.waits_ahead)
     if rows_counted is not None:
         slot = pass_over(tile.k.num_tiles - k_tiles, stages, full_barrier, empty_barrier, slot)
     return sums, slot
 
 
-def _multiply(
-    scales: TileScales, place: Any, row: jax.Array, recycled: Any, multiply: Multiply, scales_are_read: ScalesAreRead
-) -> tuple[Any, jax.Array | None]:
-    """Multiplies one wave of a k tile, whose scales and stage are at `place`, over registers that are to be recycled.
+@dataclasses.dataclass(frozen=True)
+class _Accumulate:
+    """What `compute_tile` does with k tiles: bodies of loops that carry the next stage, sums, and products to recycle.
 
-    Returns:
-        The registers to recycle next, the product first; and what to multiply it by, if that was made beside it.
+    Attributes: as the arguments of `compute_tile`, and
+        wave_rows: first row of each wave in the tile.
     """
-    operands = scales.rows[1].values_smem, scales.columns[1].values_smem, place.slot, row
-    if scales_are_read == "multiplied":
-        parts = scales.columns[1].scales_smem
-        recycled = multiply.wave_and_scales(*operands, parts, scales.of_rows(place, row), recycled)
-        return recycled, recycled[1]
 
-    def products_of_scales():
-        return factors(scales.of_rows(place, row), *scales.of_columns(place))
+    scales: TileScales
+    wave_rows: tuple[jax.Array, ...]
+    stages: int
+    full_barrier: Any
+    empty_barrier: Any
+    multiply: Multiply
+    pace: Pace
 
-    meanwhile = products_of_scales if scales_are_read == "during" else None
-    product, beside = multiply.wave(*operands, *recycled, meanwhile=meanwhile)
-    return (product,), beside
+    def k_tile(self, step: jax.Array, carry: Any) -> Any:
+        """Adds one k tile, for whose stage has been waited."""
+        slot, sums, recycled = carry
+        scales, pace = self.scales, self.pace
+        place = scales.of_k_tile(step, slot)
+        if pace.scales_are_read == "before":
+            row_scales, column_scales = [scales.of_rows(place, row) for row in self.wave_rows], scales.of_columns(place)
+        new_sums = []
+        for wave, row in enumerate(self.wave_rows):
+            recycled, products_of_scales = self._multiply(place, row, recycled)
+            if pace.frees_early and wave == len(self.wave_rows) - 1:
+                plgpu.barrier_arrive(self.empty_barrier.at[slot])
+            if products_of_scales is not None:
+                new_sums.append([sums[wave][0] + recycled[0] * products_of_scales])
+                continue
+            if pace.scales_are_read == "after":
+                of_wave = scales.of_rows(place, row), scales.of_columns(place)
+            else:
+                of_wave = row_scales[wave], column_scales
+            new_sums.append(promote(recycled[0], sums[wave], *of_wave))
+        if not pace.frees_early:
+            plgpu.barrier_arrive(self.empty_barrier.at[slot])
+        return next_slot(slot, self.stages), new_sums, recycled
+
+    def two_k_tiles(self, pair: jax.Array, carry: Any) -> Any:
+        """Waits for two k tiles and adds both; the second is multiplied while the first is promoted."""
+        slot, [sums], recycled = carry
+        slots = slot, next_slot(slot, self.stages)
+        for of_one in slots:
+            plgpu.barrier_wait(self.full_barrier.at[of_one])
+        scales, [row] = self.scales, self.wave_rows
+        places = [scales.of_k_tile(2 * pair + i, of_one) for i, of_one in enumerate(slots)]
+        scales_of_both = [(scales.of_rows(place, row), scales.of_columns(place)) for place in places]
+        first, second_product = self.multiply.two_waves(*self._values, slots, row, recycled)
+        plgpu.barrier_arrive(self.empty_barrier.at[slots[0]])
+        sums = promote(first, sums, *scales_of_both[0])
+        second = second_product()
+        plgpu.barrier_arrive(self.empty_barrier.at[slots[1]])
+        return next_slot(slots[1], self.stages), [promote(second, sums, *scales_of_both[1])], (first, second)
+
+    @property
+    def _values(self) -> tuple[Any, Any]:
+        return self.scales.rows[1].values_smem, self.scales.columns[1].values_smem
+
+    def _multiply(self, place: Any, row: jax.Array, recycled: Any) -> tuple[Any, jax.Array | None]:
+        """Multiplies one wave of a k tile, whose scales and stage are at `place`, over registers to be recycled.
+
+        Returns:
+            The registers to recycle next, the product first; and what to multiply it by, if that was made beside it.
+        """
+        scales, operands = self.scales, (*self._values, place.slot, row)
+        if self.pace.scales_are_read == "multiplied":
+            parts = scales.columns[1].scales_smem
+            recycled = self.multiply.wave_and_scales(*operands, parts, scales.of_rows(place, row), recycled)
+            return recycled, recycled[1]
+
+        def products_of_scales():
+            return factors(scales.of_rows(place, row), *scales.of_columns(place))
+
+        meanwhile = products_of_scales if self.pace.scales_are_read == "during" else None
+        product, beside = self.multiply.wave(*operands, *recycled, meanwhile=meanwhile)
+        return (product,), beside
 
 
 def for_each_k_tile(
