@@ -16,7 +16,8 @@ multiplies them), kept 128x128 scales, the bias of a tile, and what each compute
 Barriers: `full[stage]`: TMA copies arrive, compute warpgroups wait. `empty[stage]`: compute warpgroups arrive, the
 loading warp waits. `bias_full`, `bias_empty`: the same for the bias of a tile. `staged_full[warpgroup]`: a compute
 warpgroup arrives when it has staged, its storing warp waits. `staged_empty[warpgroup]`: the reverse, when the staged
-part may be written again. Tiles that are computed transposed have no storing warps.
+part may be written again. Tiles that are computed transposed have no storing warps. `exchange`: what blocks that share
+out k send each other, and its barriers (`split_k.py`).
 """
 
 import contextlib

@@ -71,7 +71,7 @@ def multiply_wave(
     Returns:
         float32 `[64, columns tile]`, and what `meanwhile` returned.
     """
-    wave = _Wave(columns_smem, num_warpgroups, has_company=meanwhile is not None)
+    wave = _Wave(columns_smem, num_warpgroups, works_meanwhile=meanwhile is not None)
     product = wave.issue(rows_smem, columns_smem, slot, row, recycled)
     result = None if meanwhile is None else meanwhile()
     return wave.wait(product), result
@@ -116,11 +116,16 @@ def close_turns(num_warpgroups: int) -> None:
 
 
 class _Wave:
-    """The two halves of `multiply_wave`, for a columns operand of this shape."""
+    """The two halves of `multiply_wave`, for a columns operand of this shape.
 
-    def __init__(self, columns_smem, num_warpgroups: int = 1, has_company: bool = False):
+    Attributes:
+        num_warpgroups: as for `multiply_wave`.
+        works_meanwhile: whether the warpgroup reads shared memory between the two.
+    """
+
+    def __init__(self, columns_smem, num_warpgroups: int = 1, works_meanwhile: bool = False):
         self.num_warpgroups = num_warpgroups
-        self.has_company = has_company
+        self.works_meanwhile = works_meanwhile
         self.shape = (WAVE_ROWS, columns_smem.shape[1])
         self.result = plgpu.ShapeDtypeStruct(self.shape, jnp.float32, layout=ACCUMULATOR_LAYOUT)
 
@@ -138,7 +143,7 @@ class _Wave:
             nvvm.wgmma_fence_aligned()
             turn = _turn(0, self.num_warpgroups) if self.num_warpgroups > 1 else None
             registers = issue_products(registers, *descriptors, self.shape[1], names, turn)
-            if self.has_company:
+            if self.works_meanwhile:
                 sync_warp()
             return from_scalars(registers, recycled)
 
