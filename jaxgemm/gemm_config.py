@@ -44,8 +44,7 @@ MAX_MULTIPLIED_REGISTERS = 216
 """The most for sums, one product and the products of its scales: 128x144 and 256x104."""
 
 MAX_SHORT_COLUMNS = 64
-"""Most columns of a wave whose product is short: two k tiles are multiplied at once (`pairs_k_tiles`), and every thread
-frees its stage by itself (`frees_early`)."""
+"""Most columns of a wave whose product is short: two k tiles are multiplied at once (`pairs_k_tiles`)."""
 
 CLUSTERS_THAT_FIT = 0.8
 """Share of the clusters of more than two blocks, as many as there are multiprocessors for, that run at once."""
@@ -122,7 +121,7 @@ def why_invalid(problem: GemmProblem, config: GemmConfig) -> str | None:
         'it needs 284784 bytes of shared memory, a block has 232448'
     """
     rows, columns, warpgroups = config.tile_rows, config.tile_columns, config.warpgroups
-    shares = config.share > 1 and problem.kind != "k_grouped"
+    shares = config.share > 1 and problem.kind == "k_masked"
     if problem.kind != "dense" and (shares or config.split_k > 1 or config.band_along_n):
         return f"{problem.kind} groups take no such clusters, and bands along m: {config}"
     if problem.kind == "grouped" and not config.swap_operands and columns * problem.out_dtype.itemsize % SWIZZLE_BYTES:
@@ -152,8 +151,6 @@ def why_invalid(problem: GemmProblem, config: GemmConfig) -> str | None:
         return f"split_k={config.split_k} exceeds the k tiles, or a cluster of {MAX_CLUSTER}"
     if config.share > 1 and (config.swap_operands or (all_scales_per_row(problem) and not config.multiply_scales)):
         return "swapped operands, and scales of 1x128 blocks on both sides without multiply_scales, share no loads"
-    if config.share > 1 and not frees_early(problem, config):
-        return f"one wave of up to {MAX_SHORT_COLUMNS} columns shares no loads: its stages are freed thread by thread"
     used = shared_memory_bytes(problem, config)
     if used > SHARED_MEMORY_BYTES:
         return f"it needs {used} bytes of shared memory, a block has {SHARED_MEMORY_BYTES}"
@@ -185,7 +182,7 @@ def _bytes_before_staging(problem: GemmProblem, config: GemmConfig) -> int:
         total += _aligned(4 * align_up(config.tile_n, 64)) + 16
     if stores_by_warp(config):
         total += 16 * config.warpgroups
-    return total + 16 * config.stages
+    return total + 8 * config.stages + _aligned(8 * config.stages)
 
 
 def stores_masked(problem: GemmProblem, config: GemmConfig) -> bool:
@@ -345,17 +342,8 @@ def pairs_k_tiles(problem: GemmProblem, config: GemmConfig) -> bool:
 
 
 def frees_early(problem: GemmProblem, config: GemmConfig) -> bool:
-    """Whether one thread may free a stage for its warpgroup as soon as the last product of it is complete.
-
-    Then all four warps have given the tensor core their part, and have asked for their scales before. But a warp may
-    still wait for these, presumably while products of few columns take all that shared memory can give. Where the last
-    product is not the first one of the stage, the promotion between them has had the scales. Otherwise the product
-    must take longer than a warp can wait, or a stage is written again before its scales have been read: seen with
-    64x16 a warpgroup, of which two k tiles were multiplied at once, and never with more than 64 columns (H100).
-    """
-    how = when_scales_are_read(problem, config)
-    is_long = config.num_waves > 1 or (config.tile_columns > MAX_SHORT_COLUMNS and not config.swap_operands)
-    return how == "multiplied" or (how == "before" and is_long)
+    """Whether a warp frees a stage when its last product is complete: it has read its scales before it began."""
+    return when_scales_are_read(problem, config) in ("before", "multiplied")
 
 
 def _may_multiply_scales(problem: GemmProblem, config: GemmConfig) -> bool:

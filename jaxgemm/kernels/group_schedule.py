@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxgemm import layout
-from jaxgemm.kernels.schedule import DenseSchedule, KRange, Tile
+from jaxgemm.kernels.schedule import SHARE_AXIS, DenseSchedule, KRange, Tile
 from jaxgemm.layout import SCALE_BLOCK, align_up, cdiv
 from jaxgemm.problem import GemmProblem
 
@@ -39,6 +39,7 @@ class RowGroupSchedule:
         column_tiles: tiles along n.
         band: width of a band, in tiles of rows.
         swap_operands: whether rhs is the M side of wgmma.
+        share: blocks of a cluster that take neighbouring tiles along n.
     """
 
     table: Any
@@ -49,22 +50,30 @@ class RowGroupSchedule:
     column_tiles: int
     band: int
     swap_operands: bool
+    share: int = 1
+
+    @property
+    def column_clusters(self) -> int:
+        """Clusters of tiles along n."""
+        return cdiv(self.column_tiles, self.share)
 
     @property
     def most_tiles(self) -> int:
-        """As many as there is room for."""
-        return self.most_row_tiles * self.column_tiles
+        """As many as there is room for; those of one cluster count once."""
+        return self.most_row_tiles * self.column_clusters
 
     @property
     def num_tiles(self) -> jax.Array:
-        """Tiles in all, read from the device."""
-        return self.row_tiles * self.column_tiles
+        """Tiles in all, read from the device; those of one cluster count once."""
+        return self.row_tiles * self.column_clusters
 
     def tile(self, index: jax.Array) -> Tile:
         """The tile of this number; the last one for a number past it."""
         row_tiles = lax.max(self.row_tiles, jnp.int32(1))
-        index = lax.min(index, row_tiles * self.column_tiles - 1)
+        index = lax.min(index, row_tiles * self.column_clusters - 1)
         row, column = self._place(index, row_tiles)
+        if self.share > 1:
+            column = column * self.share + lax.axis_index(SHARE_AXIS)
         group, start, left, k_tiles, scales = (self.table[1 + i * self.most_row_tiles + row] for i in range(FIELDS))
         starts, scale_starts = (start, column * self.tile_n), (scales, column * self.tile_n)
         if self.swap_operands:
@@ -72,13 +81,13 @@ class RowGroupSchedule:
         return Tile(*starts, KRange(0, k_tiles), group, left, scale_starts)
 
     def _place(self, index: jax.Array, row_tiles: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The tile of rows and of columns of a number."""
-        band = lax.div(index, jnp.int32(self.band * self.column_tiles))
-        within = index - band * (self.band * self.column_tiles)
+        """The tile of rows, and the cluster of tiles of columns, of a number."""
+        band = lax.div(index, jnp.int32(self.band * self.column_clusters))
+        within = index - band * (self.band * self.column_clusters)
         height = lax.min(jnp.int32(self.band), row_tiles - band * self.band)
         column = lax.div(within, height)
         row = band * self.band + within - column * height
-        return row, lax.select(lax.rem(band, jnp.int32(2)) == 1, self.column_tiles - 1 - column, column)
+        return row, lax.select(lax.rem(band, jnp.int32(2)) == 1, self.column_clusters - 1 - column, column)
 
 
 @dataclasses.dataclass(frozen=True)

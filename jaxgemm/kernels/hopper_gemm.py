@@ -13,11 +13,11 @@ Products of all kinds differ in their schedule alone: `schedule.py`, `group_sche
 Shared memory: `stages` x (rows tile, columns tile, 1x128 scales of both, those of columns in parts if the tensor core
 multiplies them), kept 128x128 scales, the bias of a tile, and what each compute warpgroup stages of the output.
 
-Barriers: `full[stage]`: TMA copies arrive, compute warpgroups wait. `empty[stage]`: compute warpgroups arrive, the
-loading warp waits. `bias_full`, `bias_empty`: the same for the bias of a tile. `staged_full[warpgroup]`: a compute
-warpgroup arrives when it has staged, its storing warp waits. `staged_empty[warpgroup]`: the reverse, when the staged
-part may be written again. Tiles that are computed transposed have no storing warps. `exchange`: what blocks that share
-out k send each other, and its barriers (`split_k.py`).
+Barriers: `full[stage]`: TMA copies arrive, compute warpgroups wait. `empty[stage]`: compute warps arrive, the loading
+warp waits (`empty_barriers.py`). `bias_full`, `bias_empty`: the same for the bias of a tile, of warpgroups.
+`staged_full[warpgroup]`: a compute warpgroup arrives when it has staged, its storing warp waits.
+`staged_empty[warpgroup]`: the reverse, when the staged part may be written again. Tiles that are computed transposed
+have no storing warps. `exchange`: what blocks that share out k send each other, and its barriers (`split_k.py`).
 """
 
 import contextlib
@@ -34,6 +34,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxgemm.gemm_config import GemmConfig
 from jaxgemm.kernels import epilogue, split_k
+from jaxgemm.kernels.empty_barriers import EmptyBarriers, empty_barriers
 from jaxgemm.kernels.finish import Finish, limits_of, output_of
 from jaxgemm.kernels.group_schedule import scales_by_group
 from jaxgemm.kernels.mainloop import Multiply, Pace, compute_tile, drain, load_tile
@@ -43,7 +44,6 @@ from jaxgemm.kernels.plan import Plan, make_plan, scratch_types
 from jaxgemm.kernels.promotion import TileScales
 from jaxgemm.kernels.scale_products import multiply_wave_and_scales, multiply_wave_and_scales_portable, split_scales
 from jaxgemm.kernels.schedule import (
-    LOCAL_AXIS,
     SHARE_AXIS,
     SM_AXIS,
     SPLIT_AXIS,
@@ -79,14 +79,17 @@ class Sides(NamedTuple):
     columns: tuple[Operand, OperandRefs]
 
 
-def load_role(plan: Plan, schedule: TileSchedule, sides: Sides, bias_gmem: Any, smem: dict[str, Any]) -> None:
+def load_role(
+    plan: Plan, schedule: TileSchedule, sides: Sides, bias_gmem: Any, smem: dict[str, Any], empty: EmptyBarriers
+) -> None:
     """The loading warp: walks the tiles and keeps the stages full."""
     has_bias, stages = plan.problem.has_bias, plan.config.stages
+    empty.make()
 
     def load_one_tile(tile, upcoming, carry):
         del upcoming
         iteration, tiles_before = carry
-        barriers = smem["full_barrier"], smem["empty_barrier"]
+        barriers = smem["full_barrier"], empty
         iteration = load_tile(sides, tile, stages, *barriers, iteration)
         if has_bias:
             load_bias(tile, tiles_before)
@@ -104,7 +107,7 @@ def load_role(plan: Plan, schedule: TileSchedule, sides: Sides, bias_gmem: Any, 
         plgpu.copy_gmem_to_smem(slab, smem["bias_smem"], smem["bias_full"])
 
     iterations, tiles = for_each_tile(schedule, load_one_tile, (jnp.int32(0), jnp.int32(0)))
-    drain(smem["empty_barrier"], stages, iterations)
+    drain(empty, stages, iterations)
     if has_bias:
 
         @pl.when(tiles > 0)
@@ -162,7 +165,13 @@ def staging_of(plan: Plan, warpgroup: Any, smem: dict[str, Any]) -> epilogue.Sta
 
 
 def compute_role(
-    plan: Plan, schedule: TileSchedule, sides: Sides, out_gmem: Any, smem: dict[str, Any], interpret: Any
+    plan: Plan,
+    schedule: TileSchedule,
+    sides: Sides,
+    out_gmem: Any,
+    smem: dict[str, Any],
+    empty: EmptyBarriers,
+    interpret: Any,
 ) -> None:
     """A compute warpgroup: sums its rows of each tile, then stages them, or stores them by itself."""
     multiply = Multiply(
@@ -186,7 +195,7 @@ def compute_role(
             sync()
         shifts = [scales and scales.shifts for scales in block_scales]
         upcoming_scales = load_scales(upcoming)
-        barriers = smem["full_barrier"], smem["empty_barrier"]
+        barriers = smem["full_barrier"], empty
         rows_counted = None if config.swap_operands or config.warpgroups == 1 else tile.rows_left
         sums, slot = compute_tile(
             TileScales(*sides, tile, shifts, warpgroup), plan.num_waves, config.stages, *barriers, slot, multiply,
@@ -249,6 +258,7 @@ def _kernel(plan: Plan, adds: bool, interpret: Any, *refs: Any, **smem: Any) -> 
     lhs, rhs = (plan.lhs, lhs_refs), (plan.rhs, rhs_refs)
     sides = Sides(rhs, lhs) if config.swap_operands else Sides(lhs, rhs)
     schedule = plan.schedule(None if problem.kind == "dense" else refs[-2])
+    empty = empty_barriers(smem["empty_barrier"], config.warpgroups, config.share, interpret)
     load_registers, compute_registers = REGISTERS[config.warpgroups]
     warpgroup = lax.axis_index("warpgroup")
 
@@ -259,7 +269,7 @@ def _kernel(plan: Plan, adds: bool, interpret: Any, *refs: Any, **smem: Any) -> 
 
         @plgpu.warp_map
         def per_warp(warp):
-            pl.when(warp == 0)(lambda: load_role(plan, schedule, sides, bias_gmem, smem))
+            pl.when(warp == 0)(lambda: load_role(plan, schedule, sides, bias_gmem, smem, empty))
             if plan.stores_by_warp:
                 is_storing = (warp > 0) & (warp <= config.warpgroups)
                 pl.when(is_storing)(lambda: store_role(plan, schedule, warp - 1, refs[-1], smem, adds, interpret))
@@ -268,7 +278,7 @@ def _kernel(plan: Plan, adds: bool, interpret: Any, *refs: Any, **smem: Any) -> 
     def compute():
         plgpu.set_max_registers(compute_registers, action="increase")
         with turns(warpgroup, plan.num_turns, interpret):
-            compute_role(plan, schedule, sides, refs[-1], smem, interpret)
+            compute_role(plan, schedule, sides, refs[-1], smem, empty, interpret)
 
 
 def kernel_name(problem: GemmProblem) -> str:
@@ -317,11 +327,11 @@ def hopper_gemm(
     call = plgpu.kernel(
         functools.partial(_kernel, plan, adds, interpret),
         out_type=() if adds else jax.ShapeDtypeStruct(plan.out_shape, problem.out_dtype),
-        scratch_types=scratch_types(plan, None if bias is None else bias.dtype),
+        scratch_types=scratch_types(plan, None if bias is None else bias.dtype, interpret),
         grid=(plan.num_clusters,),
         grid_names=(SM_AXIS,),
-        cluster=(config.share, config.split_k, 1),
-        cluster_names=(SHARE_AXIS, SPLIT_AXIS, LOCAL_AXIS),
+        cluster=(config.share, config.split_k),
+        cluster_names=(SHARE_AXIS, SPLIT_AXIS),
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
         interpret=interpret,

@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxgemm.gemm_config import ScalesAreRead
+from jaxgemm.kernels.empty_barriers import EmptyBarriers
 from jaxgemm.kernels.operand import Operand, OperandRefs
 from jaxgemm.kernels.promotion import TileScales, chunk_columns, factors, promote
 from jaxgemm.kernels.schedule import SHARE_AXIS, Tile
@@ -34,8 +35,7 @@ class Pace(NamedTuple):
     Attributes:
         scales_are_read: when, beside a wave's product.
         waits_ahead: whether a warpgroup asks for the next k tile while it promotes this one; else when it needs it.
-        frees_early: whether one thread frees a stage when its last product is complete; else all do, when they have
-            promoted it.
+        frees_early: whether a stage is freed when its last product is complete; else when it has been promoted.
         pairs_k_tiles: whether two k tiles are multiplied before the first of them is promoted.
     """
 
@@ -55,20 +55,20 @@ def load_tile(
     tile: Tile,
     stages: int,
     full_barrier: Any,
-    empty_barrier: Any,
+    empty: EmptyBarriers,
     iteration: jax.Array,
 ) -> jax.Array:
     """The loading warp's part of a tile: brings every k tile of both operands into the next free stage.
 
-    Waits on `empty_barrier` (arrived at by every compute warpgroup), arrives at `full_barrier`. 128x128 scales are
-    left to the compute warpgroups: their rows are too short for TMA.
+    Waits on `empty` (arrived at by every compute warp), arrives at `full_barrier`. 128x128 scales are left to the
+    compute warpgroups: their rows are too short for TMA.
 
     Args:
         operands: (description, references) of the rows and of the columns operand.
         tile: where the tile starts along each, and its k tiles.
         stages: stages of the pipeline.
         full_barrier: one barrier a stage.
-        empty_barrier: one barrier a stage.
+        empty: one barrier a stage.
         iteration: k tiles loaded before, in all tiles.
 
     Returns:
@@ -80,7 +80,7 @@ def load_tile(
 
         @pl.when(iteration + step >= stages)
         def wait_until_consumed():
-            plgpu.barrier_wait(empty_barrier.at[slot])
+            empty.wait(slot, lax.div(iteration + step, jnp.int32(stages)) - 1)
 
         barrier = full_barrier.at[slot]
         starts = tile.row_start, tile.column_start
@@ -100,12 +100,13 @@ def load_tile(
     return iteration + tile.k.num_tiles
 
 
-def drain(empty_barrier: Any, stages: int, iteration: jax.Array) -> None:
+def drain(empty: EmptyBarriers, stages: int, iteration: jax.Array) -> None:
     """Waits until every stage loaded so far has been read, so that no arrival is left behind when the block ends."""
 
     @pl.loop(0, lax.min(iteration, jnp.int32(stages)))
     def wait(age):
-        plgpu.barrier_wait(empty_barrier.at[lax.rem(iteration - 1 - age, jnp.int32(stages))])
+        loaded = iteration - 1 - age
+        empty.wait(lax.rem(loaded, jnp.int32(stages)), lax.div(loaded, jnp.int32(stages)))
 
 
 def compute_tile(
@@ -113,7 +114,7 @@ def compute_tile(
     num_waves: int,
     stages: int,
     full_barrier: Any,
-    empty_barrier: Any,
+    empty: EmptyBarriers,
     slot: jax.Array,
     multiply: Multiply,
     pace: Pace,
@@ -129,7 +130,7 @@ def compute_tile(
         num_waves: waves of 64 rows it computes.
         stages: stages of the pipeline.
         full_barrier: waited on.
-        empty_barrier: arrived at once a stage has been read.
+        empty: arrived at once a stage has been read.
         slot: the next stage.
         multiply: how waves are multiplied.
         pace: how k tiles follow each other.
@@ -143,7 +144,7 @@ def compute_tile(
     chunk = chunk_columns(columns)
     first_row = scales.warpgroup * (num_waves * WAVE_ROWS)
     wave_rows = tuple(first_row + wave * WAVE_ROWS for wave in range(num_waves))
-    accumulate = _Accumulate(scales, wave_rows, stages, full_barrier, empty_barrier, multiply, pace)
+    accumulate = _Accumulate(scales, wave_rows, stages, full_barrier, empty, multiply, pace)
 
     def zero(width):
         return plgpu.layout_cast(jnp.zeros((WAVE_ROWS, width), jnp.float32), ACCUMULATOR_LAYOUT)
@@ -161,7 +162,7 @@ def compute_tile(
     carry = slot, sums, recycled
     slot, sums, _ = for_each_k_tile(accumulate.k_tile, first, k_tiles, full_barrier, carry, pace.waits_ahead)
     if rows_counted is not None:
-        slot = pass_over(tile.k.num_tiles - k_tiles, stages, full_barrier, empty_barrier, slot)
+        slot = pass_over(tile.k.num_tiles - k_tiles, stages, full_barrier, empty, slot)
     return sums, slot
 
 
@@ -177,7 +178,7 @@ class _Accumulate:
     wave_rows: tuple[jax.Array, ...]
     stages: int
     full_barrier: Any
-    empty_barrier: Any
+    empty: EmptyBarriers
     multiply: Multiply
     pace: Pace
 
@@ -192,7 +193,7 @@ class _Accumulate:
         for wave, row in enumerate(self.wave_rows):
             recycled, products_of_scales = self._multiply(place, row, recycled)
             if pace.frees_early and wave == len(self.wave_rows) - 1:
-                plgpu.barrier_arrive(self.empty_barrier.at[slot])
+                self.empty.arrive(slot)
             if products_of_scales is not None:
                 new_sums.append([sums[wave][0] + recycled[0] * products_of_scales])
                 continue
@@ -202,7 +203,7 @@ class _Accumulate:
                 of_wave = row_scales[wave], column_scales
             new_sums.append(promote(recycled[0], sums[wave], *of_wave))
         if not pace.frees_early:
-            plgpu.barrier_arrive(self.empty_barrier.at[slot])
+            self.empty.arrive(slot)
         return next_slot(slot, self.stages), new_sums, recycled
 
     def two_k_tiles(self, pair: jax.Array, carry: Any) -> Any:
@@ -215,10 +216,10 @@ class _Accumulate:
         places = [scales.of_k_tile(2 * pair + i, of_one) for i, of_one in enumerate(slots)]
         scales_of_both = [(scales.of_rows(place, row), scales.of_columns(place)) for place in places]
         first, second_product = self.multiply.two_waves(*self._values, slots, row, recycled)
-        plgpu.barrier_arrive(self.empty_barrier.at[slots[0]])
+        self.empty.arrive(slots[0])
         sums = promote(first, sums, *scales_of_both[0])
         second = second_product()
-        plgpu.barrier_arrive(self.empty_barrier.at[slots[1]])
+        self.empty.arrive(slots[1])
         return next_slot(slots[1], self.stages), [promote(second, sums, *scales_of_both[1])], (first, second)
 
     @property
@@ -274,13 +275,13 @@ def for_each_k_tile(
     return lax.fori_loop(last, k_tiles, accumulate, lax.fori_loop(first, last, accumulate_and_wait, carry))
 
 
-def pass_over(k_tiles: jax.Array, stages: int, full_barrier: Any, empty_barrier: Any, slot: jax.Array) -> jax.Array:
+def pass_over(k_tiles: jax.Array, stages: int, full_barrier: Any, empty: EmptyBarriers, slot: jax.Array) -> jax.Array:
     """Releases the stages of so many k tiles without reading them, as they come, and returns the next stage."""
 
     def release(step, slot):
         del step
         plgpu.barrier_wait(full_barrier.at[slot])
-        plgpu.barrier_arrive(empty_barrier.at[slot])
+        empty.arrive(slot)
         return next_slot(slot, stages)
 
     return lax.fori_loop(0, k_tiles, release, slot)

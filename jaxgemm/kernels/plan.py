@@ -10,9 +10,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxgemm import gemm_config
 from jaxgemm.gemm_config import GemmConfig, ScalesAreRead, takes_turns, when_scales_are_read
 from jaxgemm.kernels import epilogue, split_k
+from jaxgemm.kernels.empty_barriers import barrier_types
 from jaxgemm.kernels.group_schedule import KGroupSchedule, RowGroupSchedule, k_table, most_row_tiles, row_table
 from jaxgemm.kernels.operand import Operand, operand_buffers
-from jaxgemm.kernels.schedule import LOCAL_AXIS, SHARE_AXIS, DenseSchedule, TileSchedule
+from jaxgemm.kernels.schedule import DenseSchedule, TileSchedule
 from jaxgemm.kernels.wave import TILE_K, WAVE_ROWS
 from jaxgemm.layout import TMA_ALIGNMENT_BYTES, VALUE_ROW_ALIGNMENT, align_up, cdiv
 from jaxgemm.problem import GemmProblem
@@ -122,7 +123,7 @@ class Plan:
             row_tiles, column_tiles = most_row_tiles(problem, config.tile_m), cdiv(problem.n, config.tile_n)
             tiles = config.tile_m, config.tile_n, column_tiles
             found = None if table is None else table[0]
-            return RowGroupSchedule(table, found, row_tiles, *tiles, config.band, config.swap_operands)
+            return RowGroupSchedule(table, found, row_tiles, *tiles, config.band, config.swap_operands, config.share)
         extents = (problem.n, problem.m) if config.swap_operands else (problem.m, problem.n)
         along_columns = config.band_along_n != config.swap_operands
         dense = DenseSchedule(
@@ -167,7 +168,7 @@ def make_plan(problem: GemmProblem, config: GemmConfig, num_sms: int) -> Plan:
     return Plan(problem, config, lhs, rhs, num_sms)
 
 
-def scratch_types(plan: Plan, bias_dtype: Any) -> dict[str, Any]:
+def scratch_types(plan: Plan, bias_dtype: Any, interpret: Any = False) -> dict[str, Any]:
     """Shared memory and barriers, by name."""
     problem, config = plan.problem, plan.config
     lhs_buffers, rhs_buffers = (operand_buffers(o, config.stages, config.warpgroups) for o in (plan.lhs, plan.rhs))
@@ -178,7 +179,7 @@ def scratch_types(plan: Plan, bias_dtype: Any) -> dict[str, Any]:
         rhs_values_smem=rhs_buffers[0],
         rhs_scales_smem=rhs_buffers[1],
         full_barrier=plgpu.Barrier(num_arrivals=num_copies, num_barriers=config.stages),
-        empty_barrier=_empty_barrier(plan),
+        empty_barrier=barrier_types(config.warpgroups, config.stages, interpret),
         out_smem=epilogue.output_buffer(problem, config, plan.output_columns),
     )
     if plan.stores_by_warp:
@@ -191,15 +192,3 @@ def scratch_types(plan: Plan, bias_dtype: Any) -> dict[str, Any]:
     if config.split_k > 1:
         types["exchange"] = split_k.exchange_types(config.warpgroups, plan.columns.tile, config.split_k)
     return types
-
-
-def _empty_barrier(plan: Plan) -> Any:
-    """The barriers that free a stage; a cluster barrier takes one arrival a warpgroup, a plain one takes 128.
-
-    NOTE: where a stage is not freed early, every thread must arrive: one cannot speak for what others have read.
-    """
-    arrivals, stages = plan.config.warpgroups, plan.config.stages
-    if not plan.frees_early:
-        return plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages)
-    axis = SHARE_AXIS if plan.config.share > 1 else LOCAL_AXIS
-    return plgpu.ClusterBarrier(collective_axes=(axis,), num_arrivals=arrivals, num_barriers=stages)

@@ -24,9 +24,6 @@ SHARE_AXIS = "share"
 SPLIT_AXIS = "split"
 """Cluster axis: blocks that take the same tile and parts of k."""
 
-LOCAL_AXIS = "local"
-"""Cluster axis of size one, for cluster barriers that stay within a block (one arrival a warpgroup, not 128)."""
-
 
 class KRange(NamedTuple):
     """The k tiles that are summed for a tile of the output: the first one, and how many; none make it zero."""

@@ -18,6 +18,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from jaxgemm.gemm_config import MIN_SLICE, split_columns
+from jaxgemm.kernels import ptx
 from jaxgemm.kernels.schedule import SPLIT_AXIS
 from jaxgemm.kernels.wave import ACCUMULATOR_LAYOUT, WAVE_ROWS, from_scalars, scalars
 
@@ -28,12 +29,6 @@ SENT_NUMBERS = 4
 """Numbers that a thread sends at once: what it holds of eight columns (PTX ISA, fragment of wgmma's accumulator)."""
 
 SENT_BYTES = 4 * SENT_NUMBERS
-
-BARRIER_WORDS = 2
-"""32-bit words of a barrier."""
-
-BUFFER = plgpu.RefType()
-SCALAR = plgpu.Layout.WG_SPLAT(())
 
 
 class Exchange(NamedTuple):
@@ -60,7 +55,7 @@ def exchange_types(num_warpgroups: int, tile_columns: int, split_k: int) -> Exch
     slabs = split_columns(tile_columns, split_k) // MIN_SLICE
     return Exchange(
         plgpu.SMEM((num_warpgroups, split_k, slabs, THREADS, SENT_NUMBERS), jnp.float32),
-        plgpu.SMEM((num_warpgroups, BARRIER_WORDS), jnp.int32),
+        plgpu.SMEM((num_warpgroups, ptx.BARRIER_WORDS), jnp.int32),
         plgpu.ClusterBarrier(collective_axes=(SPLIT_AXIS,), num_arrivals=num_warpgroups),
     )
 
@@ -80,12 +75,12 @@ def slice_start(tile_columns: int, split_k: int, rank: jax.Array) -> jax.Array:
 def open_exchange(exchange: Exchange) -> None:
     """Makes this warpgroup's barrier, and lets the others know that they may send: called once."""
 
-    @plgpu.inline_mgpu(arg_types=(BUFFER,))
+    @plgpu.inline_mgpu(arg_types=(ptx.BUFFER,))
     def make_barrier(ctx, full):
         del ctx
         is_one = mgpu.utils.single_thread_predicate(scope=mgpu.utils.ThreadSubset.WARPGROUP)
-        _asm(_if_set("mbarrier.init.shared::cta.b64 [$1], 1;"), [_flag(is_one), _address(full)])
-        _asm("fence.mbarrier_init.release.cluster;", [])
+        ptx.asm(ptx.if_set("mbarrier.init.shared::cta.b64 [$1], 1;"), [ptx.flag(is_one), ptx.address(full)])
+        ptx.asm("fence.mbarrier_init.release.cluster;", [])
         mgpu.warpgroup_barrier()
 
     make_barrier(exchange.full)
@@ -112,38 +107,36 @@ def sum_slice(sums: jax.Array, exchange: Exchange, split_k: int, rank: jax.Array
     bytes_of_slab = THREADS * SENT_BYTES
     bytes_of_sender = len(slabs) * bytes_of_slab
 
-    @plgpu.inline_mgpu(arg_types=(BUFFER, BUFFER, ACCUMULATOR_LAYOUT, SCALAR))
+    @plgpu.inline_mgpu(arg_types=(ptx.BUFFER, ptx.BUFFER, ACCUMULATOR_LAYOUT, ptx.SCALAR))
     def send(ctx, parts, full, sums, rank):
         del ctx
         registers = scalars(sums)
-        place = arith.addi(_place_of_thread(parts), arith.muli(rank.registers.flat[0], _c(bytes_of_sender)))
+        place = arith.addi(_place_of_thread(parts), arith.muli(rank.registers.flat[0], ptx.constant(bytes_of_sender)))
         for receiver, start in enumerate(starts):
-            there, barrier = _in_block(place, receiver), _in_block(_address(full), receiver)
+            there, barrier = [ptx.in_block(x, ptx.constant(receiver)) for x in (place, ptx.address(full))]
             for slab in slabs:
                 first = (start // MIN_SLICE + slab) * SENT_NUMBERS
-                target = arith.addi(there, _c(slab * bytes_of_slab))
+                target = arith.addi(there, ptx.constant(slab * bytes_of_slab))
                 _send(target, barrier, registers[first : first + SENT_NUMBERS])
 
-    @plgpu.inline_mgpu(arg_types=(BUFFER, SCALAR))
+    @plgpu.inline_mgpu(arg_types=(ptx.BUFFER, ptx.SCALAR))
     def await_parts(ctx, full, parity):
         del ctx
         is_one = mgpu.utils.single_thread_predicate(scope=mgpu.utils.ThreadSubset.WARPGROUP)
         expect = "mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], $2;"
-        _asm(_if_set(expect), [_flag(is_one), _address(full), _c(split_k * bytes_of_sender)])
-        wait = "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [$0], $1;"
-        text = f"{{ .reg .pred p; again${{:uid}}: {wait} @!p bra again${{:uid}}; }}"
-        _asm(text, [_address(full), parity.registers.flat[0]])
+        ptx.asm(ptx.if_set(expect), [ptx.flag(is_one), ptx.address(full), ptx.constant(split_k * bytes_of_sender)])
+        ptx.wait_for_phase(ptx.address(full), parity.registers.flat[0], "cluster")
 
     @plgpu.inline_mgpu(
-        arg_types=(BUFFER, ACCUMULATOR_LAYOUT),
+        arg_types=(ptx.BUFFER, ACCUMULATOR_LAYOUT),
         return_type=plgpu.ShapeDtypeStruct((WAVE_ROWS, width), jnp.float32, layout=ACCUMULATOR_LAYOUT),
     )
     def add_up(ctx, parts, sums):
         del ctx
         total: list[ir.Value] = []
         for sender in range(split_k):
-            place = arith.addi(_place_of_thread(parts), _c(sender * bytes_of_sender))
-            of_sender = [x for slab in slabs for x in _received(arith.addi(place, _c(slab * bytes_of_slab)))]
+            place = arith.addi(_place_of_thread(parts), ptx.constant(sender * bytes_of_sender))
+            of_sender = [x for slab in slabs for x in _received(arith.addi(place, ptx.constant(slab * bytes_of_slab)))]
             total = [arith.addf(*pair) for pair in zip(total, of_sender, strict=True)] if total else of_sender
         return from_scalars(total, sums[:, :width])
 
@@ -153,38 +146,16 @@ def sum_slice(sums: jax.Array, exchange: Exchange, split_k: int, rank: jax.Array
     return add_up(exchange.parts, sums)
 
 
-def _c(value: int) -> ir.Value:
-    return mgpu.c(value, ir.IntegerType.get_signless(32))
-
-
-def _flag(predicate: ir.Value) -> ir.Value:
-    return arith.extui(ir.IntegerType.get_signless(32), predicate)
-
-
-def _address(ref: ir.Value) -> ir.Value:
-    """The address of a buffer in this block's shared memory.
-
-    NOTE: all 32 bits of it: the upper ones hold the block's number in its cluster.
-    """
-    return llvm.ptrtoint(ir.IntegerType.get_signless(32), mgpu.utils.memref_ptr(ref))
-
-
 def _place_of_thread(parts: ir.Value) -> ir.Value:
     """Where a thread's numbers lie in what the first block sent of the first columns."""
-    thread = arith.andi(mgpu.utils.thread_idx(), _c(THREADS - 1))
-    return arith.addi(_address(parts), arith.muli(thread, _c(SENT_BYTES)))
-
-
-def _in_block(address: ir.Value, block: int) -> ir.Value:
-    """The same place in the shared memory of this block of the cluster."""
-    i32 = ir.IntegerType.get_signless(32)
-    return llvm.inline_asm(i32, [address, _c(block)], "mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r", asm_dialect=0)
+    thread = arith.andi(mgpu.utils.thread_idx(), ptx.constant(THREADS - 1))
+    return arith.addi(ptx.address(parts), arith.muli(thread, ptx.constant(SENT_BYTES)))
 
 
 def _send(target: ir.Value, barrier: ir.Value, numbers: list[ir.Value]) -> None:
     """Writes four numbers to shared memory of the cluster, which count themselves at a barrier beside them."""
     text = "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [$0], {$2, $3, $4, $5}, [$1];"
-    _asm(text, [target, barrier, *numbers])
+    ptx.asm(text, [target, barrier, *numbers])
 
 
 def _received(place: ir.Value) -> list[ir.Value]:
@@ -194,14 +165,3 @@ def _received(place: ir.Value) -> list[ir.Value]:
     text, constraints = "ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];", "=f,=f,=f,=f,r,~{memory}"
     loaded: Any = llvm.inline_asm(struct, [place], text, constraints, asm_dialect=0, has_side_effects=True)
     return [llvm.extractvalue(f32, loaded, [i]) for i in range(SENT_NUMBERS)]
-
-
-def _if_set(instruction: str) -> str:
-    """An instruction that is done where the first operand is not zero."""
-    return f"{{ .reg .pred p; setp.ne.b32 p, $0, 0; @p {instruction} }}"
-
-
-def _asm(text: str, operands: list[ir.Value]) -> None:
-    constraints = ["f" if isinstance(operand.type, ir.F32Type) else "r" for operand in operands]
-    void = ir.Type.parse("!llvm.void")
-    llvm.inline_asm(void, operands, text, ",".join([*constraints, "~{memory}"]), asm_dialect=0, has_side_effects=True)

@@ -33,6 +33,7 @@ from jaxgemm.problem import GemmProblem
 from jaxgemm.tuning import choose_config
 
 WIDE, SMALL = GemmConfig(256, 128, 2), GemmConfig(64, 64, 2, 1)
+SHARING = GemmConfig(256, 128, 2, share=2)
 COPYING = dataclasses.replace(SMALL, masked_store=True)
 SWAPPED = GemmConfig(16, 64, 2, 1, swap_operands=True)
 
@@ -79,6 +80,12 @@ CONTIGUOUS = {
     "bias": (problem("grouped", 40, 27, 130, 2, has_bias=True, activation="gelu"), SMALL, [9, 31]),
     "rows copied": (problem("grouped", 14, 9, 130, 4, has_bias=True), COPYING, [1, 0, 9, 2]),
     "two waves": (problem("grouped", 150, 136, 200, 2, out=F32), WIDE, [131, 19]),
+    "loads shared": (problem("grouped", 330, 280, 300, 3, has_bias=True), SHARING, [19, 0, 300]),
+    "loads shared, three warpgroups": (
+        problem("grouped", 250, 500, 200, 3),
+        GemmConfig(192, 128, 2, 3, share=2),
+        [7, 193, 30],
+    ),
     "swapped": (problem("grouped", 40, 140, 300, 3, has_bias=True, activation="silu"), SWAPPED, [19, 0, 21]),
     "swapped float32": (problem("grouped", 37, 70, 130, 3, out=F32), SWAPPED, [1, 16, 18]),
     "both by rows": (problem("grouped", 70, 70, 130, 2, rhs=ROW, lhs_dtype=E5M2, out=F32), SMALL, [33, 37]),
@@ -163,6 +170,8 @@ MASKED = {
     "swapped": (problem("masked", 40, 70, 300, 3, has_bias=True, activation="silu"), SWAPPED, [17, 1, 40]),
     "swapped, unspecified": (problem("masked", 12, 70, 130, 3, fill="unspecified", out=F32), SWAPPED, [12, 3, 0]),
     "two waves": (problem("masked", 300, 136, 200, 2), WIDE, [131, 257]),
+    "loads shared": (problem("masked", 300, 260, 200, 2, has_bias=True), SHARING, [131, 300]),
+    "loads shared, unspecified": (problem("masked", 300, 256, 200, 3, fill="unspecified"), SHARING, [0, 257, 5]),
     "both by rows": (problem("masked", 70, 100, 130, 2, rhs=ROW, out=F32, fill="unspecified"), SMALL, [70, 70]),
     "kept block scales": (problem("masked", 9, 900, 1400, 2, out=F32), GemmConfig(64, 192, 2, 1), [3, 9]),
 }
