@@ -36,7 +36,8 @@ def candidates(problem: GemmProblem) -> Iterator[GemmConfig]:
                 shapes.append(GemmConfig(tile_m, tile_n, 2, warpgroups, swap_operands=True, split_k=split_k))
     for tile_m, warpgroups in ((256, 2), (192, 3), (128, 2), (64, 1)):
         for tile_n in _tile_widths(problem, tile_m):
-            shapes.append(GemmConfig(tile_m, tile_n, 2, warpgroups, share=_share(problem, tile_m, tile_n)))
+            for share in _shares(problem, tile_m, tile_n):
+                shapes.append(GemmConfig(tile_m, tile_n, 2, warpgroups, share=share))
     shapes += _multiplying_scales(problem)
     for shape in shapes:
         config = with_most_stages(problem, shape, _most_stages(problem, shape))
@@ -48,10 +49,16 @@ SPLITS = (1, 2, 3, 4, 8)
 """Blocks that share out k of a tile of few rows."""
 
 
-def _share(problem: GemmProblem, tile_m: int, tile_n: int) -> int:
-    """Blocks that share the loads of rows: two of high tiles, if all of them find a partner; 0 to 5 % less time."""
-    may = problem.kind == "dense" and not all_scales_per_row(problem) and tile_m > 128
-    return 2 if may and cdiv(problem.n, tile_n) % 2 == 0 else 1
+def _shares(problem: GemmProblem, tile_m: int, tile_n: int) -> tuple[int, ...]:
+    """Blocks that share the loads of rows: two of high tiles. An odd tile along n leaves one without a partner.
+
+    Dense products take 0 to 5 % less time so, groups of rows 0 to 15 % (H100), for which an idle block may be worth it.
+    """
+    if all_scales_per_row(problem) or tile_m <= 128:
+        return (1,)
+    if cdiv(problem.n, tile_n) % 2 == 0:
+        return (2,)
+    return (1,) if problem.kind == "dense" else (1, 2)
 
 
 def _multiplying_scales(problem: GemmProblem) -> Iterator[GemmConfig]:
@@ -141,7 +148,8 @@ def _tile_widths(problem: GemmProblem, tile_m: int) -> tuple[int, ...]:
 
 
 MAC_MICROSECONDS = 2.14e-5
-"""Time of a k tile on one SM for each element of the output tile; H100, dense, tiles 192x128 and 128x192."""
+"""Time of a k tile on one SM for each element of the output tile; H100, dense, tiles 192x128 and 128x192. Groups of
+rows with k of 2048 and 3072 take as long in high tiles that share loads."""
 
 TILE_MICROSECONDS = {1: 0.9, 2: 1.3}
 """Time of a tile outside its main loop, by the waves of a warpgroup; the intercept of the same measurements."""
@@ -151,10 +159,14 @@ SWAPPED_WARPGROUP_MICROSECONDS = 0.3
 1.6 us more than with 64 (H100)."""
 
 OLDER_MAC_MICROSECONDS = 2.29e-5
-"""The same of an earlier main loop on an H200, by which groups and 1x128 blocks on both sides were measured."""
+"""The same of an earlier main loop on an H200, by which groups of few rows and 1x128 blocks on both sides were
+measured."""
 
-GROUP_TILE_MICROSECONDS = {1: 2.2, 2: 3.7}
-"""The same for groups of rows, by the waves of a warpgroup: contiguous products, H200."""
+GROUP_TILE_MICROSECONDS = {1: 1.1, 2: 1.6}
+"""As TILE_MICROSECONDS for groups of many rows: contiguous products, H100."""
+
+OLDER_GROUP_TILE_MICROSECONDS = {1: 2.2, 2: 3.7}
+"""The same of the earlier main loop on an H200."""
 
 MULTIPLIED_MAC_MICROSECONDS = {1: 3.02e-5, 2: 2.76e-5}
 """As MAC_MICROSECONDS where the tensor core multiplies the scales, by the waves of a warpgroup: 128x128 and 256x104;
@@ -198,8 +210,8 @@ def predicted_microseconds(problem: GemmProblem, config: GemmConfig, num_sms: in
     extent = expected_extent(problem)
     spread = GROUP_SPREAD if problem.kind == "grouped" or problem.expected_m is not None else (1.0,)
     row_tiles = statistics.mean(cdiv(math.ceil(extent.m * share), config.tile_m) for share in spread)
-    tiles = math.ceil(extent.products * row_tiles) * cdiv(problem.n, config.tile_n)
-    waves = cdiv(cdiv(tiles, config.share), clusters_at_once(config, num_sms))
+    clusters = math.ceil(extent.products * row_tiles) * cdiv(cdiv(problem.n, config.tile_n), config.share)
+    waves = cdiv(clusters, clusters_at_once(config, num_sms))
     k_tiles = cdiv(cdiv(extent.k, SCALE_BLOCK), config.split_k)
     multiply = config.tile_rows * max(config.tile_columns, 16) * _mac_microseconds(problem, config)
     ingest = (config.tile_m + config.tile_n) * SCALE_BLOCK / SM_BYTES_PER_MICROSECOND
@@ -209,12 +221,14 @@ def predicted_microseconds(problem: GemmProblem, config: GemmConfig, num_sms: in
     tile = _microseconds_beside_main_loop(problem, config)
     before = SPLIT_SCALES_MICROSECONDS if config.multiply_scales else 0.0
     memory = extent.products * (extent.m + problem.n) * extent.k / MEMORY_BYTES_PER_MICROSECOND
+    if problem.kind in ("grouped", "masked") and _is_of_later_loop(problem):
+        return math.hypot(waves * k_tiles * k_tile, memory) + waves * tile
     if problem.kind != "dense":
         return before + max(waves * k_tiles * k_tile, memory) + waves * tile
     split = SPLIT_MICROSECONDS[0] + SPLIT_MICROSECONDS[1] * config.tile_columns if config.split_k > 1 else 0.0
     after_last_bytes = 2 * k_tile + tile
     longest = max(waves * (k_tiles * k_tile + tile), memory + after_last_bytes) + waves * split
-    return before + longest * _of_idle_blocks(problem, config, tiles, num_sms)
+    return before + longest * _of_idle_blocks(problem, config, clusters * config.share, num_sms)
 
 
 def _missing_rows(problem: GemmProblem, config: GemmConfig) -> int:
@@ -238,10 +252,33 @@ def _of_a_long_walk(problem: GemmProblem, config: GemmConfig, waves: int) -> flo
     Beyond eight waves 256x128 takes 0 to 3 % more than the model says, 192x128 in bands along n 1 to 5 %, along m 4 to
     8 %, and 128x192, which shares no loads, 2 to 7 % (H100; main-loop-trials and even-waves-h100.json).
     """
-    is_long = problem.kind == "dense" and not all_scales_per_row(problem) and problem.k >= 4096 and waves > 8
+    if not _is_of_later_loop(problem) or waves <= 8:
+        return 1.0
+    is_long = problem.k >= 4096
+    if problem.kind != "dense":
+        return _of_a_long_walk_of_groups(config, is_long)
     if not is_long or config.tile_m > 192:
         return 1.0
     return 1.05 if config.tile_m <= 128 else 1.0 if config.band_along_n else 1.04
+
+
+def _of_a_long_walk_of_groups(config: GemmConfig, is_long: bool) -> float:
+    """The same for groups of many rows, each with weights of its own.
+
+    Where k is 4096 and more, 256x128 with shared loads takes 7 % more to 1 % less than the model says, without 0 to 8 %
+    more, 192x128 1 to 13 and 14 to 30 %, 128x192 8 to 16 %; where it is less, -3 to 3 %, and 128x192 5 to 7 % (H100,
+    group-shares-h100.json).
+    """
+    if config.tile_m <= 128:
+        return 1.12 if is_long else 1.06
+    with_share, alone = {256: (1.03, 1.05), 192: (1.06, 1.15)}[config.tile_m]
+    return 1.0 if not is_long else alone if config.share == 1 else with_share
+
+
+def _is_of_later_loop(problem: GemmProblem) -> bool:
+    """Whether a problem's kernels were measured with the later main loop, on an H100: all but groups of few rows, and
+    1x128 blocks on both sides, with constants of their own where the tensor core multiplies these scales."""
+    return not all_scales_per_row(problem) and (problem.kind == "dense" or expected_extent(problem).m > FEW_ROWS)
 
 
 def _mac_microseconds(problem: GemmProblem, config: GemmConfig) -> float:
@@ -255,7 +292,7 @@ def _mac_microseconds(problem: GemmProblem, config: GemmConfig) -> float:
     per_row = all_scales_per_row(problem)
     narrow = 1 + max(0, (96 if per_row else 128) - config.tile_columns) / 256
     chunks = config.tile_columns // math.gcd(config.tile_columns, SCALE_BLOCK)
-    is_later = problem.kind == "dense" and not per_row  # measured with the later main loop, see MAC_MICROSECONDS
+    is_later = _is_of_later_loop(problem)
     promote = _promotion_of_rows(problem, config) if per_row else 1 + (0.01 if is_later else 0.02) * (chunks - 1)
     promote *= 1.5 if config.swap_operands and config.tile_columns > 64 else 1.0  # measured at 128 rows, 7168x16384
     shared = 1.0 if config.share == 1 else 0.98 if config.warpgroups == 3 else 0.995
@@ -268,7 +305,7 @@ def _shallow(problem: GemmProblem, config: GemmConfig) -> float:
     few_waves = config.num_waves * config.warpgroups <= 2
     if all_scales_per_row(problem):
         return 1.05 if few_waves and config.tile_columns <= 128 and problem.kind != "k_grouped" else 1.0
-    if problem.kind != "dense":
+    if not _is_of_later_loop(problem):
         return 1.1 if few_waves and config.tile_columns <= 128 else 1.0
     return 1.03 if not few_waves else 1.12 if config.tile_columns < 192 else 1.0
 
@@ -290,7 +327,7 @@ def _microseconds_beside_main_loop(problem: GemmProblem, config: GemmConfig) -> 
     """Time of a tile outside its main loop; 1.9 us for 256x112 in float32, which is staged in pieces."""
     waves = min(config.num_waves, 2)
     if problem.kind in ("grouped", "masked"):
-        return GROUP_TILE_MICROSECONDS[waves]
+        return (GROUP_TILE_MICROSECONDS if _is_of_later_loop(problem) else OLDER_GROUP_TILE_MICROSECONDS)[waves]
     if config.multiply_scales:
         return MULTIPLIED_TILE_MICROSECONDS[waves]
     if all_scales_per_row(problem):
