@@ -243,6 +243,39 @@ def test_tiles_of_large_k_grouped_products(config, n):
     assert_close(out, k_grouped_oracle(lhs, rhs, sizes, 1200))
 
 
+HIGH_TILES = [
+    GemmConfig(256, 128, 3, share=2),
+    GemmConfig(192, 128, 3, 3, share=2),
+    GemmConfig(192, 128, 3, 3),
+    GemmConfig(128, 192, 3),
+    GemmConfig(64, 64, 6, 1, share=2),
+]
+
+
+@pytest.mark.skipif("mosaic" not in available_implementations(), reason="needs a Hopper GPU")
+@pytest.mark.parametrize("config", HIGH_TILES, ids=tiles.describe_config)
+@pytest.mark.parametrize("n, out_dtype", [(420, jnp.bfloat16), (421, jnp.bfloat16), (640, jnp.float32)])
+def test_tiles_of_large_products_of_groups(config, n, out_dtype):
+    """Those that small products do not get by themselves; an odd number along n leaves a block without a partner."""
+    sizes = [700, 0, 128, 1, 300]
+    masked_m, bias = [min(size, 640) for size in sizes], random(3, GROUPS, n, scale=10)
+    options = {"preferred_element_type": out_dtype, "implementation": "mosaic"}
+    lhs, rhs = operands(1200, n, 700, groups=(GROUPS,))
+    masks = jaxgemm.quantize(random(2, GROUPS, 640, 700))
+    with tiles.forced(dataclasses.replace(config, masked_store=True)):
+        contiguous = [np.asarray(jaxgemm.grouped_gemm(lhs, rhs, jnp.array(sizes), bias, **options)) for _ in range(10)]
+        out = np.asarray(jaxgemm.masked_grouped_gemm(masks, rhs, jnp.array(masked_m), bias, **options))
+    assert_close(contiguous[0], grouped_oracle(lhs, rhs, sizes, bias))
+    assert not contiguous[0][sum(sizes) :].any()
+    for again in contiguous[1:]:
+        np.testing.assert_array_equal(again, contiguous[0])
+    product = dequantized(masks) @ dequantized(rhs).transpose(0, 2, 1)
+    for group, count in enumerate(masked_m):
+        assert not out[group, count:].any()
+        if count:
+            assert_close(out[group, :count], product[group, :count] + np.asarray(bias)[group])
+
+
 def test_k_grouped_takes_unpadded_segments_too():
     """Operands that `quantize` made have their groups one after the other, and blocks may straddle them."""
     lhs, rhs = operands(30, 20, 300, rhs_block=ROW)
