@@ -9,7 +9,6 @@ Groups of rows are *contiguous* (row `i` belongs to the group whose cumulative s
 group starts at a multiple of 128 and ends in padding, as the weight gradient's contracted axis needs it.
 """
 
-import itertools
 import math
 
 import jax
@@ -20,10 +19,6 @@ SCALE_BLOCK = 128
 
 TMA_ALIGNMENT_BYTES = 16
 """Strides of a TMA transfer must be multiples of this (CUDA driver API, `cuTensorMapEncodeTiled`)."""
-
-FEW_NUMBERS = 64
-"""Most numbers that are added up or counted one by one, which XLA fuses with all that is made of them: one kernel on a
-GPU, where each reduction would be another."""
 
 MOST_SUMMED_AT_ONCE = 1024
 """Most numbers whose running sums are taken as sums of n by n numbers."""
@@ -251,43 +246,24 @@ def group_of_row(offsets: jax.Array, num_rows: int) -> jax.Array:
         >>> group_of_row(jnp.array([0, 2, 2, 3]), num_rows=4).tolist()
         [0, 0, 2, 2]
     """
-    group = count_up_to(offsets[1:], jnp.arange(num_rows, dtype=jnp.int32))
-    return jnp.minimum(group, offsets.shape[0] - 2)
-
-
-def count_up_to(numbers: jax.Array, limits: jax.Array) -> jax.Array:
-    """Returns for each of int32 `limits` how many of int32 `[n]` are at most that, int32 of the limits' shape.
-
-    Example:
-        >>> count_up_to(jnp.array([2, 2, 3]), jnp.array([1, 2, 9])).tolist()
-        [0, 2, 3]
-    """
-    if numbers.shape[0] > FEW_NUMBERS:
-        return jnp.sum(numbers <= limits[..., None], axis=-1, dtype=jnp.int32)
-    counts = ((number <= limits).astype(jnp.int32) for number in _one_by_one(numbers))
-    return sum(counts, start=jnp.zeros(limits.shape, jnp.int32))
+    position = jnp.arange(num_rows, dtype=jnp.int32)
+    group = jnp.searchsorted(offsets[1:], position, side="right", method="compare_all")
+    return jnp.minimum(group, offsets.shape[0] - 2).astype(jnp.int32)
 
 
 def running_sum(numbers: jax.Array) -> jax.Array:
     """Returns the sum of each of int32 `[n]` and of all before it.
 
-    Some numbers take one reduction; a scan, which does less work, takes a chain of kernels on a GPU.
+    A few numbers take one reduction; a scan, which does less work, takes a chain of kernels on a GPU.
 
     Example:
         >>> running_sum(jnp.array([3, 0, 2])).tolist()
         [3, 3, 5]
     """
-    if 0 < numbers.shape[0] <= FEW_NUMBERS:
-        return jnp.stack(list(itertools.accumulate(_one_by_one(numbers), jnp.add)))
     if numbers.shape[0] > MOST_SUMMED_AT_ONCE:
         return jnp.cumsum(numbers)
     index = jnp.arange(numbers.shape[0])
     return jnp.sum(jnp.where(index <= index[:, None], numbers, 0), axis=1, dtype=numbers.dtype)
-
-
-def _one_by_one(numbers: jax.Array) -> list[jax.Array]:
-    """The numbers of `[n]`, each a scalar."""
-    return [jax.lax.index_in_dim(numbers, i, keepdims=False) for i in range(numbers.shape[0])]
 
 
 def _saturating_cumsum(sizes: jax.Array, limit: int, largest: int) -> jax.Array:

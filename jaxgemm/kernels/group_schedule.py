@@ -158,7 +158,7 @@ def row_table(problem: GemmProblem, tile_m: int, sizes: jax.Array) -> jax.Array:
     segments = (_masked_segments if problem.kind == "masked" else _contiguous_segments)(problem, tile_m, sizes)
     ends = layout.running_sum(segments.tiles)
     tile = jnp.arange(most_row_tiles(problem, tile_m), dtype=jnp.int32)
-    segment = jnp.minimum(layout.count_up_to(ends, tile), segments.tiles.shape[0] - 1)
+    segment = jnp.minimum(jnp.sum(ends <= tile[:, None], 1), segments.tiles.shape[0] - 1)
     before = (tile - (ends - segments.tiles)[segment]) * tile_m
     fields = (
         segments.group[segment],

@@ -120,7 +120,7 @@ def segment_of_tile(offsets: jax.Array, capacity: int, tile_m: int) -> tuple[jax
     """
     starts = layout.aligned_group_offsets(jnp.diff(offsets))
     first = jnp.arange(0, capacity, tile_m, dtype=jnp.int32)
-    group = jnp.minimum(layout.count_up_to(starts[1:], first), offsets.shape[0] - 2)
+    group = jnp.minimum(jnp.sum(starts[1:] <= first[:, None], 1), offsets.shape[0] - 2)
     return group, first - starts[group]
 
 
