@@ -72,13 +72,18 @@ def _multiplying_scales(problem: GemmProblem) -> Iterator[GemmConfig]:
 
 
 def _with_bands(problem: GemmProblem, config: GemmConfig) -> GemmConfig:
-    """The configuration with bands of tiles as wide, and along the axis, as is best for a dense product.
+    """The configuration with bands of tiles as wide, and along the axis, as is best.
 
     An output that is larger than the operands drives them out of the L2 cache. In bands of eight tiles along n, of all
     rows each, rhs comes from memory once: high tiles then take 1 to 18 % less time (H100, five shapes), and those of
     256 rows up to 3 % less where rhs is not the larger operand. Others were fastest in bands of as many rows as high
     tiles have in eight, but for outputs that are far larger.
+
+    Groups of at most 256 rows go one after the other, their weights read once: tiles of 128x192, 128x128 and 256x128
+    take 2 to 5 % less time in bands of two than of eight (H100; larger groups 0 to 2 % more in other bands).
     """
+    if _reads_weights_once(problem):
+        return dataclasses.replace(config, band=2)
     if problem.kind != "dense" or config.swap_operands or all_scales_per_row(problem):
         return config
     out = problem.m * problem.n * problem.out_dtype.itemsize
@@ -88,6 +93,12 @@ def _with_bands(problem: GemmProblem, config: GemmConfig) -> GemmConfig:
     if larger or (config.tile_m > 192 and problem.n <= problem.m):
         return dataclasses.replace(config, band_along_n=True)
     return config if is_high else dataclasses.replace(config, band=16)
+
+
+def _reads_weights_once(problem: GemmProblem) -> bool:
+    """Whether a problem has groups of many rows, but of one or two tiles at most."""
+    rows = expected_extent(problem).m
+    return problem.kind in ("grouped", "masked") and _is_of_later_loop(problem) and rows <= 2 * SCALE_BLOCK
 
 
 MOST_STAGES = (8, 12)
@@ -252,23 +263,28 @@ def _of_a_long_walk(problem: GemmProblem, config: GemmConfig, waves: int) -> flo
     Beyond eight waves 256x128 takes 0 to 3 % more than the model says, 192x128 in bands along n 1 to 5 %, along m 4 to
     8 %, and 128x192, which shares no loads, 2 to 7 % (H100; main-loop-trials and even-waves-h100.json).
     """
-    if not _is_of_later_loop(problem) or waves <= 8:
+    if not _is_of_later_loop(problem):
         return 1.0
-    is_long = problem.k >= 4096
     if problem.kind != "dense":
-        return _of_a_long_walk_of_groups(config, is_long)
-    if not is_long or config.tile_m > 192:
+        return _of_a_long_walk_of_groups(problem, config, waves)
+    if problem.k < 4096 or waves <= 8 or config.tile_m > 192:
         return 1.0
     return 1.05 if config.tile_m <= 128 else 1.0 if config.band_along_n else 1.04
 
 
-def _of_a_long_walk_of_groups(config: GemmConfig, is_long: bool) -> float:
+def _of_a_long_walk_of_groups(problem: GemmProblem, config: GemmConfig, waves: int) -> float:
     """The same for groups of many rows, each with weights of its own.
 
-    Where k is 4096 and more, 256x128 with shared loads takes 7 % more to 1 % less than the model says, without 0 to 8 %
-    more, 192x128 1 to 13 and 14 to 30 %, 128x192 8 to 16 %; where it is less, -3 to 3 %, and 128x192 5 to 7 % (H100,
-    group-shares-h100.json).
+    Beyond eight waves with k of 4096 and more, 256x128 with shared loads takes 7 % more to 1 % less than the model
+    says, without 0 to 8 % more, 192x128 1 to 13 and 14 to 30 %, 128x192 8 to 16 %; where k is less, -3 to 3 %, and
+    128x192 5 to 7 %. Of groups that read their weights once, with 192 rows each, tiles of 128 rows take 4 to 10 % less,
+    256x128 2 % less to 3 % more, 192x128 25 % more (H100, group-shares-h100.json).
     """
+    if _reads_weights_once(problem):
+        return {256: 1.06, 192: 1.25}.get(config.tile_m, 1.0)
+    if waves <= 8:
+        return 1.0
+    is_long = problem.k >= 4096
     if config.tile_m <= 128:
         return 1.12 if is_long else 1.06
     with_share, alone = {256: (1.03, 1.05), 192: (1.06, 1.15)}[config.tile_m]

@@ -277,11 +277,15 @@ def groups_of_rows(kind, groups, rows, n, k):
         ("grouped", 64, 512, 4096, 7168, [(256, 128, 2), (192, 128, 2)]),
         ("masked", 6, 1024, 6144, 7168, [(192, 128, 2)]),
         ("masked", 6, 1024, 4096, 2048, [(192, 128, 2), (192, 128, 1)]),
+        ("masked", 6, 1024, 4096, 4096, [(192, 128, 2)]),
+        ("masked", 32, 192, 6144, 7168, [(128, 192, 1)]),
+        ("masked", 32, 192, 4096, 2048, [(128, 192, 1), (128, 128, 1)]),
     ],
 )
 def test_groups_get_the_tiles_that_were_fastest(kind, groups, rows, n, k, fastest):
     config = choose_config(groups_of_rows(kind, groups, rows, n, k), 132)
     assert (config.tile_m, config.tile_n, config.share) in fastest
+    assert config.band == (2 if rows <= 256 else 8)
 
 
 def test_no_more_blocks_than_even_waves_need():
