@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -151,6 +152,33 @@ def test_few_rows_in_tiles_of_two_k_tiles_at_once(tile, m, k):
     with tiles.forced(config):
         out = jaxgemm.gemm(lhs, rhs, preferred_element_type=jnp.bfloat16, implementation="mosaic")
     assert_close(out, oracle(lhs, rhs))
+
+
+@pytest.mark.skipif("mosaic" not in available_implementations(), reason="needs a Hopper GPU")
+@pytest.mark.parametrize(
+    "config, rhs_block",
+    [
+        *itertools.product(
+            [
+                GemmConfig(16, 64, 3, 1, swap_operands=True),
+                GemmConfig(16, 192, 3, 3, swap_operands=True),
+                GemmConfig(64, 16, 3, 1),
+            ],
+            [SQUARE, ROW],
+        ),
+        (GemmConfig(192, 32, 3, 3), SQUARE),
+        (GemmConfig(192, 128, 3, 3), SQUARE),
+    ],
+    ids=str,
+)
+def test_stages_are_not_written_again_before_every_warp_has_read_them(config, rhs_block):
+    """Few stages, mostly of short products: when one thread freed them for all, one warp's scales were wrong at times."""
+    lhs, rhs = operands(400, 6000, 1500, rhs_block=rhs_block)
+    run = jax.jit(functools.partial(f32_gemm, implementation="mosaic"))
+    with tiles.forced(config):
+        outs = [run(lhs, rhs) for _ in range(30)]
+    assert_close(outs[0], oracle(lhs, rhs))
+    assert all((out == outs[0]).all() for out in outs[1:])
 
 
 def test_a_scale_wrong_in_one_block_is_seen():
