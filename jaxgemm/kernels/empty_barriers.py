@@ -22,9 +22,6 @@ from jaxgemm.kernels.wave import sync_warp
 WARPS = 4
 """Of a warpgroup."""
 
-MAX_BLOCKS = ptx.LANES
-"""Most blocks that share loads: a lane tells one of them."""
-
 
 class EmptyBarriers(Protocol):
     """One barrier a stage."""

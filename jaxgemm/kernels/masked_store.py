@@ -16,16 +16,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
+from jaxgemm.kernels import ptx
 from jaxgemm.kernels.wave import ACCUMULATOR_LAYOUT, WAVE_ROWS, sync_warp
 
-LANES = 32
 LANE_BYTES = 8
 """Most bytes that a lane copies at once: rows of a multiple of 16 are left to TMA."""
 
 UNROLLED = 8
 """Loads from shared memory that a storing warp has in flight."""
-
-SCALAR = plgpu.Layout.WG_SPLAT(())
 
 
 class Limits(NamedTuple):
@@ -56,7 +54,7 @@ def store_transposed(values: jax.Array, out_gmem: Any, limits: Limits) -> None:
     """
     pitch = out_gmem.shape[-1]
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), ACCUMULATOR_LAYOUT, *[SCALAR] * 4))
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), ACCUMULATOR_LAYOUT, *[ptx.SCALAR] * 4))
     def store(ctx, out, values, *limits):
         del ctx
         _Fragment(out, values, pitch).store(Limits(*(x.registers.flat[0] for x in limits)))
@@ -77,10 +75,10 @@ def store_staged_rows(out_smem: Any, chunk: Any, out_gmem: Any, limits: Limits) 
     *_, rows, columns = out_smem.shape
     width = max(math.gcd(pitch * itemsize, LANE_BYTES), itemsize)  # bytes of a lane
     units_of_row, swizzle = columns * itemsize // width, plgpu.SwizzleTransform(columns * itemsize)
-    steps = rows * units_of_row // LANES
+    steps = rows * units_of_row // ptx.LANES
     assert steps % UNROLLED == 0, (rows, columns, width)  # or the last ones would copy rows of the next wave
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType((swizzle,)), plgpu.RefType(), *[SCALAR] * 6))
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType((swizzle,)), plgpu.RefType(), *[ptx.SCALAR] * 6))
     def copy(ctx, staged, out, chunk, step, *limits):
         del ctx
         copier = _Copier(staged, out, width, units_of_row, columns * itemsize, pitch * itemsize)
@@ -119,13 +117,13 @@ class _Copier:
         self.staged, self.out = mgpu.utils.memref_ptr(staged), llvm.ptrtoint(self.i64, mgpu.utils.memref_ptr(out))
         self.width, self.units_of_row, self.row_bytes, self.pitch = width, units_of_row, row_bytes, pitch
         self.itemsize = mgpu.utils.bitwidth(ir.MemRefType(out.type).element_type) // 8
-        self.lane = arith.andi(mgpu.utils.thread_idx(), self._constant(LANES - 1))
+        self.lane = ptx.lane()
 
     def copy(self, chunk: ir.Value, first_step: ir.Value, limits: Limits) -> None:
         """Copies what the warp does in `UNROLLED` steps: first all loads, then all stores."""
         places = []
         for step in range(UNROLLED):
-            first = arith.muli(arith.addi(first_step, self._constant(step)), self._constant(LANES))
+            first = arith.muli(arith.addi(first_step, self._constant(step)), self._constant(ptx.LANES))
             unit, units_of_row = arith.addi(first, self.lane), self._constant(self.units_of_row)
             places.append((arith.divui(unit, units_of_row), arith.remui(unit, units_of_row)))
         values = [self._load(chunk, row, unit) for row, unit in places]
@@ -172,8 +170,8 @@ class _Fragment:
         self.base, self.values, self.pitch = mgpu.utils.memref_ptr(out), values, pitch
         self.i32, self.i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
         thread = mgpu.utils.thread_idx()
-        lane = arith.remui(thread, self._constant(LANES))
-        warp = arith.remui(arith.divui(thread, self._constant(LANES)), self._constant(4))
+        lane = arith.remui(thread, self._constant(ptx.LANES))
+        warp = arith.remui(arith.divui(thread, self._constant(ptx.LANES)), self._constant(4))
         self.first_column = arith.addi(arith.muli(warp, self._constant(16)), arith.divui(lane, self._constant(4)))
         self.first_row = arith.muli(arith.remui(lane, self._constant(4)), self._constant(2))
 
