@@ -22,8 +22,8 @@ from jaxgemm.kernels.wave import ACCUMULATOR_LAYOUT, WAVE_ROWS, sync_warp
 LANE_BYTES = 8
 """Most bytes that a lane copies at once: rows of a multiple of 16 are left to TMA."""
 
-UNROLLED = 8
-"""Loads from shared memory that a storing warp has in flight."""
+LOADS_IN_FLIGHT = {2: 8, 4: 8, 8: 4}
+"""Loads from shared memory that a storing warp has in flight, by their bytes: eight, if as many registers hold them."""
 
 
 class Limits(NamedTuple):
@@ -75,8 +75,8 @@ def store_staged_rows(out_smem: Any, chunk: Any, out_gmem: Any, limits: Limits) 
     *_, rows, columns = out_smem.shape
     width = max(math.gcd(pitch * itemsize, LANE_BYTES), itemsize)  # bytes of a lane
     units_of_row, swizzle = columns * itemsize // width, plgpu.SwizzleTransform(columns * itemsize)
-    steps = rows * units_of_row // ptx.LANES
-    assert steps % UNROLLED == 0, (rows, columns, width)  # or the last ones would copy rows of the next wave
+    steps, unrolled = rows * units_of_row // ptx.LANES, LOADS_IN_FLIGHT[width]
+    assert steps % unrolled == 0, (rows, columns, width)  # or the last ones would copy rows of the next wave
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType((swizzle,)), plgpu.RefType(), *[ptx.SCALAR] * 6))
     def copy(ctx, staged, out, chunk, step, *limits):
@@ -86,10 +86,10 @@ def store_staged_rows(out_smem: Any, chunk: Any, out_gmem: Any, limits: Limits) 
         copier.copy(chunk.registers.flat[0], step.registers.flat[0], places)
 
     def copy_some(index, carry):
-        copy(out_smem, out_gmem, jnp.int32(chunk), index * UNROLLED, *(jnp.int32(x) for x in limits))
+        copy(out_smem, out_gmem, jnp.int32(chunk), index * unrolled, *(jnp.int32(x) for x in limits))
         return carry
 
-    lax.fori_loop(0, steps // UNROLLED, copy_some, None)
+    lax.fori_loop(0, steps // unrolled, copy_some, None)
     plgpu.inline_mgpu()(lambda ctx: sync_warp())()
 
 
@@ -120,16 +120,28 @@ class _Copier:
         self.lane = ptx.lane()
 
     def copy(self, chunk: ir.Value, first_step: ir.Value, limits: Limits) -> None:
-        """Copies what the warp does in `UNROLLED` steps: first all loads, then all stores."""
-        places = []
-        for step in range(UNROLLED):
-            first = arith.muli(arith.addi(first_step, self._constant(step)), self._constant(ptx.LANES))
-            unit, units_of_row = arith.addi(first, self.lane), self._constant(self.units_of_row)
-            places.append((arith.divui(unit, units_of_row), arith.remui(unit, units_of_row)))
-        values = [self._load(chunk, row, unit) for row, unit in places]
-        for (row, unit), value in zip(places, values, strict=True):
-            column = arith.muli(unit, self._constant(self.width // self.itemsize))
-            self._store(row, column, value, limits)
+        """Copies what the warp does in some steps, of a multiple of their number on: first all loads, then all stores.
+
+        NOTE: a lane's place is computed once; in later steps it lies fixed numbers of rows and units further on, which
+        take no registers. The warp has 40.
+        """
+        units = self._constant(self.units_of_row)
+        first = arith.muli(first_step, self._constant(ptx.LANES))
+        row = arith.addi(arith.divui(first, units), arith.divui(self.lane, units))
+        unit = arith.remui(self.lane, units)
+        further = [divmod(step * ptx.LANES, self.units_of_row) for step in range(LOADS_IN_FLIGHT[self.width])]
+        values = [
+            self._load(chunk, arith.addi(row, self._constant(rows)), arith.addi(unit, self._constant(units)))
+            for rows, units in further
+        ]
+        column = arith.muli(unit, self._constant(self.width // self.itemsize))
+        address = self._address(arith.addi(row, limits.row), arith.addi(column, limits.column))
+        rows_left, columns_left = arith.subi(limits.rows_left, row), arith.subi(limits.columns_left, column)
+        for (rows, units), value in zip(further, values, strict=True):
+            columns = units * self.width // self.itemsize
+            within = arith.andi(self._is_less(rows, rows_left), self._is_less(columns, columns_left))
+            offset = self._constant(rows * self.pitch + units * self.width, self.i64)
+            self._store(arith.addi(address, offset), value, within)
 
     def _load(self, chunk: ir.Value, row: ir.Value, unit: ir.Value) -> ir.Value:
         """Reads a unit, wherever the swizzle has put it: 16 bytes, moved within the row by the row's number."""
@@ -142,19 +154,20 @@ class _Copier:
         place = mgpu.utils.getelementptr(self.staged, [offset], i8)
         return llvm.load(ir.IntegerType.get_signless(8 * self.width), place)
 
-    def _store(self, row: ir.Value, column: ir.Value, value: ir.Value, limits: Limits) -> None:
-        within = [
-            arith.cmpi(arith.CmpIPredicate.slt, place, limit)
-            for place, limit in ((row, limits.rows_left), (column, limits.columns_left))
-        ]
-        out_row, out_column = (
-            arith.extsi(self.i64, arith.addi(a, b)) for a, b in ((row, limits.row), (column, limits.column))
-        )
-        row_start = arith.muli(out_row, self._constant(self.pitch, self.i64))
-        offset = arith.addi(row_start, arith.muli(out_column, self._constant(self.itemsize, self.i64)))
+    def _address(self, row: ir.Value, column: ir.Value) -> ir.Value:
+        """Where an element of the output lies."""
+        row, column = (arith.extsi(self.i64, place) for place in (row, column))
+        row_start = arith.muli(row, self._constant(self.pitch, self.i64))
+        offset = arith.addi(row_start, arith.muli(column, self._constant(self.itemsize, self.i64)))
+        return arith.addi(self.out, offset)
+
+    def _is_less(self, number: int, limit: ir.Value) -> ir.Value:
+        return arith.cmpi(arith.CmpIPredicate.slt, self._constant(number), limit)
+
+    def _store(self, address: ir.Value, value: ir.Value, within: ir.Value) -> None:
         bits, kind = 8 * self.width, {2: "h", 4: "r", 8: "l"}[self.width]
         text = f"{{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.global.b{bits} [$0], $1; }}"
-        operands = [arith.addi(self.out, offset), value, arith.extui(self.i32, arith.andi(*within))]
+        operands = [address, value, arith.extui(self.i32, within)]
         void = ir.Type.parse("!llvm.void")
         llvm.inline_asm(void, operands, text, f"l,{kind},r,~{{memory}}", asm_dialect=0, has_side_effects=True)
 
