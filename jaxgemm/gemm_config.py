@@ -118,7 +118,7 @@ def why_invalid(problem: GemmProblem, config: GemmConfig) -> str | None:
         >>> problem = GemmProblem("dense", 4096, 4096, 7168, e4m3, e4m3, (1, 128), (128, 128), bf16)
         >>> why_invalid(problem, GemmConfig(tile_m=256, tile_n=128, stages=3))
         >>> why_invalid(problem, GemmConfig(tile_m=256, tile_n=128, stages=5))
-        'it needs 284784 bytes of shared memory, a block has 232448'
+        'it needs 285768 bytes of shared memory, a block has 232448'
     """
     rows, columns, warpgroups = config.tile_rows, config.tile_columns, config.warpgroups
     shares = config.share > 1 and problem.kind == "k_masked"
