@@ -165,11 +165,7 @@ class _Copier:
         return arith.cmpi(arith.CmpIPredicate.slt, self._constant(number), limit)
 
     def _store(self, address: ir.Value, value: ir.Value, within: ir.Value) -> None:
-        bits, kind = 8 * self.width, {2: "h", 4: "r", 8: "l"}[self.width]
-        text = f"{{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.global.b{bits} [$0], $1; }}"
-        operands = [address, value, arith.extui(self.i32, within)]
-        void = ir.Type.parse("!llvm.void")
-        llvm.inline_asm(void, operands, text, f"l,{kind},r,~{{memory}}", asm_dialect=0, has_side_effects=True)
+        ptx.asm(ptx.if_set(f"st.global.b{8 * self.width} [$1], $2;"), [ptx.flag(within), address, value])
 
     def _constant(self, value: int, kind: ir.Type | None = None) -> ir.Value:
         kind = kind or self.i32

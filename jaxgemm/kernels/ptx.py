@@ -60,6 +60,11 @@ def wait_for_phase(barrier: ir.Value, parity: ir.Value, scope: str = "cta") -> N
 
 def asm(text: str, operands: list[ir.Value]) -> None:
     """Instructions with effects on memory: the compiler moves no access to it across."""
-    constraints = ["f" if isinstance(operand.type, ir.F32Type) else "r" for operand in operands]
+    constraints = [_register(operand.type) for operand in operands]
     void = ir.Type.parse("!llvm.void")
     llvm.inline_asm(void, operands, text, ",".join([*constraints, "~{memory}"]), asm_dialect=0, has_side_effects=True)
+
+
+def _register(kind: ir.Type) -> str:
+    """The constraint of an operand: in which registers PTX has its type."""
+    return "f" if isinstance(kind, ir.F32Type) else {16: "h", 32: "r", 64: "l"}[ir.IntegerType(kind).width]

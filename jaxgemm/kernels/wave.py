@@ -11,6 +11,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
 
+from jaxgemm.kernels import ptx
+
 WAVE_ROWS = 64
 """Rows of one wgmma of one warpgroup (PTX ISA, `wgmma.mma_async`)."""
 
@@ -243,8 +245,7 @@ def _named_barrier(action: str, barrier: ir.Value) -> None:
 
 def sync_warp() -> None:
     """Lets all lanes of a warp come here; the assembler moves no reading of shared memory across."""
-    text = "bar.warp.sync 0xffffffff;"
-    llvm.inline_asm(ir.Type.parse("!llvm.void"), [], text, "~{memory}", asm_dialect=0, has_side_effects=True)
+    ptx.asm("bar.warp.sync 0xffffffff;", [])
 
 
 def fence_registers(registers):

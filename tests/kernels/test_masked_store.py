@@ -24,13 +24,12 @@ class Machine:
         self.arith = types.SimpleNamespace(
             addi=lambda a, b: a + b, subi=lambda a, b: a - b, muli=lambda a, b: a * b, divui=lambda a, b: a // b,
             remui=lambda a, b: a % b, andi=lambda a, b: a & b, xori=lambda a, b: a ^ b, shrui=lambda a, b: a >> b,
-            extsi=same, extui=same, constant=same, CmpIPredicate=types.SimpleNamespace(slt="<"), cmpi=self.compare,
+            extsi=same, constant=same, CmpIPredicate=types.SimpleNamespace(slt="<"), cmpi=self.compare,
         )  # fmt: skip
         self.ir = types.SimpleNamespace(
             IntegerType=types.SimpleNamespace(get_signless=lambda size: size),
             IntegerAttr=types.SimpleNamespace(get=same),
             MemRefType=lambda kind: types.SimpleNamespace(element_type=bits),
-            Type=types.SimpleNamespace(parse=lambda text: text),
         )
         self.mgpu = types.SimpleNamespace(
             utils=types.SimpleNamespace(
@@ -39,16 +38,18 @@ class Machine:
             )
         )  # fmt: skip
         self.llvm = types.SimpleNamespace(
-            ptrtoint=lambda kind, value: value, load=lambda kind, place: (place, kind // 8), inline_asm=self.store
+            ptrtoint=lambda kind, value: value, load=lambda kind, place: (place, kind // 8)
         )
-        self.ptx = types.SimpleNamespace(LANES=LANES, lane=lambda: self.lane)
+        self.ptx = types.SimpleNamespace(
+            LANES=LANES, lane=lambda: self.lane, if_set=lambda text: text, flag=int, asm=self.store
+        )
 
     def compare(self, predicate, a, b):
         assert predicate == "<"
         return a < b
 
-    def store(self, void, operands, text, constraints, **keywords):
-        address, (place, size), is_within = operands
+    def store(self, text, operands):
+        is_within, address, (place, size) = operands
         assert f"st.global.b{8 * size} " in text
         if is_within:
             self.stores.append((address, place, size))
