@@ -79,7 +79,7 @@ def _with_bands(problem: GemmProblem, config: GemmConfig) -> GemmConfig:
     256 rows up to 3 % less where rhs is not the larger operand. Others were fastest in bands of as many rows as high
     tiles have in eight, but for outputs that are far larger.
 
-    Groups of at most 256 rows go one after the other, their weights read once: tiles of 128x192, 128x128 and 256x128
+    Groups of 129 to 256 rows go one after the other, their weights read once: tiles of 128x192, 128x128 and 256x128
     take 2 to 5 % less time in bands of two than of eight (H100; larger groups 0 to 2 % more in other bands).
     """
     if _reads_weights_once(problem):
