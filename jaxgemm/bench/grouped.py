@@ -231,12 +231,12 @@ def _difference(case: GroupedCase, call: Call) -> float:
     return max(worst)
 
 
-@jax.jit
+@accuracy.jit_oracle
 def _group_oracle(lhs: Any, rhs: Any, group: Any, place: Any) -> jax.Array:
     return accuracy.nt_product(jaxgemm.dequantize(lhs)[place], jaxgemm.dequantize(rhs)[group])
 
 
-@jax.jit
+@accuracy.jit_oracle
 def _k_oracle(lhs: Any, rhs: Any, rows: Any, start: Any, size: Any) -> jax.Array:
     columns = jnp.arange(lhs.shape[-1]) - start
     lhs_rows = jnp.where((columns >= 0) & (columns < size), jaxgemm.dequantize(lhs)[rows], 0.0)
