@@ -28,7 +28,7 @@ def choose(problem: GemmProblem, num_sms: int, device_kind: str | None) -> Choic
     """Returns the configuration for a problem.
 
     The first there is of: a row that `jaxgemm.autotune` wrote for this device kind; a row of the package for this
-    device kind; one for another; the best by the model. A row that is not valid for the problem does not count.
+    device kind; the best by the model. A row that is not valid for the problem does not count.
 
     Args:
         problem: with m, n and k positive.
@@ -53,11 +53,15 @@ def tuned_choice(problem: GemmProblem, device_kind: str | None) -> Choice | None
 
 
 def shipped_choice(problem: GemmProblem, num_sms: int, device_kind: str | None) -> Choice:
-    """Returns what is chosen where nothing was tuned: a row of the package, else the best by the model."""
+    """Returns what is chosen where nothing was tuned: a row of the package, else the best by the model.
+
+    NOTE: rows of another kind of device do not count. An H200's, which the model would not have chosen, took up to 14 %
+    more time on an H100 than what it does choose (16x4096x7168: 14.1 us, else 12.4).
+    """
     key = tuned_rows.tuned_key(problem)
-    for table in sorted(tuned_rows.shipped_tables(), key=lambda table: table.device != device_kind):
+    for table in tuned_rows.shipped_tables():
         row = table.rows.get(key)
-        if row and why_invalid(problem, row.config) is None:
+        if table.device == device_kind and row and why_invalid(problem, row.config) is None:
             return Choice(row.config, f"measured on {table.device}")
     return Choice(tuning.choose_config(problem, num_sms), MODEL)
 

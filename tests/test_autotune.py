@@ -492,11 +492,13 @@ def test_the_shipped_tables_are_of_the_commands_form():
         assert table.source and table.rows
 
 
-def test_rows_of_this_device_come_before_those_of_others(monkeypatch):
+def test_rows_count_on_the_device_that_they_were_measured_on(monkeypatch):
     tables = [TunedTable(name).merged([row(config=GemmConfig(64, 32, s, 1))]) for name, s in (("A", 3), ("B", 5))]
     monkeypatch.setattr(tuned_rows, "shipped_tables", lambda: tables)
-    assert [tiles.choose(problem(), 132, device).config.stages for device in ("A", "B", "C", None)] == [3, 5, 3, 3]
-    assert tiles.choose(problem(), 132, "B").source == "measured on B"
+    found = {device: tiles.choose(problem(), 132, device) for device in ("A", "B", "C", None)}
+    assert [found[device].config.stages for device in "AB"] == [3, 5]
+    assert found["B"].source == "measured on B"
+    assert found["C"] == found[None] == (tuning.choose_config(problem(), 132), tiles.MODEL)
 
 
 def export(*arguments):

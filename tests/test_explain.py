@@ -180,7 +180,8 @@ def test_a_named_implementation_that_cannot_is_said_not_raised():
     assert "runs on    nothing: 'mosaic' was asked for, and raises" in str(found)
 
 
-def test_tiles_and_where_they_come_from(on_hopper):
+def test_tiles_and_where_they_come_from(on_hopper, monkeypatch):
+    monkeypatch.setattr(dispatch, "device_kind", lambda: "NVIDIA H200")
     rows, columns = shape(64, 7168), shape(7168, 2048)
     found = jaxgemm.explain(jaxgemm.fp8_dot, rows, columns, platform="cuda")
     assert [p.config_source for p in found.problems] == ["default", "default", "measured on NVIDIA H200"]
