@@ -76,7 +76,9 @@ def test_epilogue(out_dtype, activation, bias_dtype, implementation):
 
 
 LARGE_TILES = {
+    "high": (GemmConfig(256, 128, 3), SQUARE, jnp.bfloat16),
     "high, loads shared": (GemmConfig(256, 128, 3, share=2), SQUARE, jnp.bfloat16),
+    "three warpgroups": (GemmConfig(192, 128, 4, 3), SQUARE, jnp.bfloat16),
     "three warpgroups, loads shared, along n": (
         GemmConfig(192, 128, 3, 3, share=2, band=2, band_along_n=True), SQUARE, jnp.float32,
     ),
@@ -95,10 +97,14 @@ LARGE_TILES = {
 @pytest.mark.skipif("mosaic" not in available_implementations(), reason="needs a Hopper GPU")
 @pytest.mark.parametrize("name", LARGE_TILES)
 @pytest.mark.parametrize(
-    "m, n, k", [(700, 1000, 1100), (257, 260, 129), (5000, 3000, 640), (1100, 701, 300), (600, 1002, 400)]
+    "m, n, k",
+    [(700, 1000, 1100), (257, 260, 129), (5000, 3000, 640), (1100, 701, 300), (600, 1002, 400), (640, 1920, 900)],
 )
 def test_tiles_of_large_products(name, m, n, k):
-    """Tiles that small products do not get by themselves; of odd rows, those that TMA cannot store."""
+    """Tiles that small products do not get by themselves; of odd rows, those that TMA cannot store.
+
+    Most reach past the end of an operand; of some pairs of blocks, one has a tile past the end of n.
+    """
     config, rhs_block, out_dtype = LARGE_TILES[name]
     config = dataclasses.replace(config, masked_store=True)
     lhs, rhs = operands(m, n, k, rhs_block=rhs_block)

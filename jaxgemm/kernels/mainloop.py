@@ -4,6 +4,7 @@ A tile is computed from a *rows* operand (the M side of wgmma) and a *columns* o
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -74,8 +75,10 @@ def load_tile(
     Returns:
         `iteration + tile.k.num_tiles`.
     """
+    starts = tile.row_start, tile.column_start
+    sides = list(zip(operands, starts, tile.scale_starts or starts, strict=True))
 
-    def load_k_tile(step, slot):
+    def load_k_tile(is_whole, step, slot):
         k_index = tile.k.first + step
 
         @pl.when(iteration + step >= stages)
@@ -83,21 +86,52 @@ def load_tile(
             empty.wait(slot, lax.div(iteration + step, jnp.int32(stages)) - 1)
 
         barrier = full_barrier.at[slot]
-        starts = tile.row_start, tile.column_start
-        for (operand, refs), start, scale_start in zip(operands, starts, tile.scale_starts or starts, strict=True):
+        for (operand, refs), start, scale_start in sides:
             group = (tile.group,) if operand.num_groups else ()
             if operand.scale_per_row:
                 slab = *group, k_index, pl.ds(scale_start, operand.slab)
                 plgpu.copy_gmem_to_smem(refs.scales_gmem.at[slab], refs.scales_smem.at[slot], barrier)
-            box = *group, pl.ds(start, operand.loaded), pl.ds(k_index * TILE_K, TILE_K)
-            place = refs.values_smem.at[slot, pl.ds(0, operand.loaded)]
-            axes = SHARE_AXIS if operand.multicast else None
-            plgpu.copy_gmem_to_smem(refs.values_gmem.at[box], place, barrier, collective_axes=axes)
+            load_rows = functools.partial(_load_values, (operand, refs), group, k_index, slot, barrier)
+            if is_whole or operand.edge is None:
+                load_rows(start, operand.loaded)
+            else:
+                last_start, last_rows = operand.edge
+                is_inside = start < last_start
+                pl.when(is_inside)(functools.partial(load_rows, start, operand.loaded))
+                at_edge = functools.partial(load_rows, lax.min(start, last_start), last_rows)
+                pl.when(jnp.logical_not(is_inside))(at_edge)
         return next_slot(slot, stages)
 
-    slot = lax.rem(iteration, jnp.int32(stages))
-    lax.fori_loop(0, tile.k.num_tiles, load_k_tile, slot)
+    def load_k_tiles(is_whole):
+        slot = lax.rem(iteration, jnp.int32(stages))
+        lax.fori_loop(0, tile.k.num_tiles, functools.partial(load_k_tile, is_whole), slot)
+
+    # NOTE: whole tiles have a loop of their own: to choose between two copies for each k tile costs up to 2 % of all.
+    are_inside = [start < operand.edge.start for (operand, _), start, _ in sides if operand.edge is not None]
+    if not are_inside:
+        load_k_tiles(is_whole=True)
+    else:
+        is_whole = functools.reduce(jnp.logical_and, are_inside)
+        pl.when(is_whole)(functools.partial(load_k_tiles, True))
+        pl.when(jnp.logical_not(is_whole))(functools.partial(load_k_tiles, False))
     return iteration + tile.k.num_tiles
+
+
+def _load_values(
+    side: tuple[Operand, OperandRefs],
+    group: tuple[jax.Array, ...],
+    k_index: jax.Array,
+    slot: jax.Array,
+    barrier: Any,
+    start: jax.Array,
+    rows: int,
+) -> None:
+    """Begins to load so many rows of one k tile of an operand, from `start` on, to the beginning of a stage."""
+    operand, refs = side
+    box = *group, pl.ds(start, rows), pl.ds(k_index * TILE_K, TILE_K)
+    axes = SHARE_AXIS if operand.multicast else None
+    place = refs.values_smem.at[slot, pl.ds(0, rows)]
+    plgpu.copy_gmem_to_smem(refs.values_gmem.at[box], place, barrier, collective_axes=axes)
 
 
 def drain(empty: EmptyBarriers, stages: int, iteration: jax.Array) -> None:

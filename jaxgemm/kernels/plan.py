@@ -12,10 +12,10 @@ from jaxgemm.gemm_config import GemmConfig, ScalesAreRead, takes_turns, when_sca
 from jaxgemm.kernels import epilogue, split_k
 from jaxgemm.kernels.empty_barriers import barrier_types
 from jaxgemm.kernels.group_schedule import KGroupSchedule, RowGroupSchedule, k_table, most_row_tiles, row_table
-from jaxgemm.kernels.operand import Operand, operand_buffers
+from jaxgemm.kernels.operand import Edge, Operand, operand_buffers
 from jaxgemm.kernels.schedule import DenseSchedule, TileSchedule
 from jaxgemm.kernels.wave import TILE_K, WAVE_ROWS
-from jaxgemm.layout import TMA_ALIGNMENT_BYTES, VALUE_ROW_ALIGNMENT, align_up, cdiv
+from jaxgemm.layout import SCALE_BLOCK, TMA_ALIGNMENT_BYTES, VALUE_ROW_ALIGNMENT, align_up, cdiv
 from jaxgemm.problem import GemmProblem
 
 
@@ -154,18 +154,43 @@ class Plan:
 
 def make_plan(problem: GemmProblem, config: GemmConfig, num_sms: int) -> Plan:
     """Describes the kernel for a problem and a configuration that is valid for it."""
+    swap, (lhs_groups, rhs_groups) = config.swap_operands, problem.operands_have_groups
 
     def operand(rows, tile, block_shape, dtype, is_rows, has_groups):
         k_tiles, groups = cdiv(problem.k, TILE_K), problem.num_groups if has_groups else 0
         multicast = is_rows and config.share > 1
         splits = config.multiply_scales and not is_rows
-        loaded = min(tile, align_up(rows, VALUE_ROW_ALIGNMENT * (config.share if multicast else 1)))
-        return Operand(tile, loaded, block_shape[0] == 1, cdiv(rows, 128), k_tiles, dtype, multicast, groups, splits)
+        alignment = VALUE_ROW_ALIGNMENT * (config.share if multicast else 1)
+        loaded = min(tile, align_up(rows, alignment))
+        starts_anywhere = problem.kind == "grouped" and is_rows != swap
+        gains = not config.multiply_scales  # whose products took 0 to 1 % more time with it
+        edge = edge_of(rows, tile, alignment, 1 if is_rows else config.share) if gains and not starts_anywhere else None
+        scale_blocks = cdiv(rows, SCALE_BLOCK)
+        return Operand(tile, loaded, block_shape[0] == 1, scale_blocks, k_tiles, dtype, multicast, groups, splits, edge)
 
-    swap, (lhs_groups, rhs_groups) = config.swap_operands, problem.operands_have_groups
     lhs = operand(problem.m, config.tile_m, problem.lhs_block_shape, problem.lhs_dtype, not swap, lhs_groups)
     rhs = operand(problem.n, config.tile_n, problem.rhs_block_shape, problem.rhs_dtype, swap, rhs_groups)
     return Plan(problem, config, lhs, rhs, num_sms)
+
+
+def edge_of(rows: int, tile: int, alignment: int, partners: int) -> Edge | None:
+    """Which tiles of an operand reach past its end, and what they load; None if none does, or there is only one.
+
+    Args:
+        rows: of the operand.
+        tile: rows of a tile; tiles start at its multiples.
+        alignment: rows that are loaded are a multiple of this.
+        partners: neighbouring tiles that are computed together, past the end too.
+
+    Example:
+        >>> edge_of(4104, 192, 16, 1)
+        Edge(start=4032, rows=80)
+    """
+    stored = align_up(rows, VALUE_ROW_ALIGNMENT)
+    rest = stored % tile
+    if stored <= tile or (rest == 0 and cdiv(rows, tile) % partners == 0):
+        return None
+    return Edge(stored - rest, align_up(max(rest, 1), alignment))
 
 
 def scratch_types(plan: Plan, bias_dtype: Any, interpret: Any = False) -> dict[str, Any]:

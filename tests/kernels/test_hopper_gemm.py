@@ -29,7 +29,8 @@ from kernel_support import (
 from jaxgemm.gemm_config import SHARED_MEMORY_BYTES, GemmConfig, shared_memory_bytes, split_columns, why_invalid
 from jaxgemm.kernels import split_k
 from jaxgemm.kernels.hopper_gemm import hopper_gemm
-from jaxgemm.kernels.plan import make_plan, scratch_types
+from jaxgemm.kernels.plan import edge_of, make_plan, scratch_types
+from jaxgemm.layout import align_up, cdiv
 from jaxgemm.problem import GemmProblem
 from jaxgemm.tuning import choose_config
 
@@ -76,6 +77,7 @@ CASES = {
     "factors": (problem(200, 136, 300, rhs=ROW, out=F32, bias=True), GemmConfig(128, 128, 2)),
     "scales multiplied": (problem(200, 136, 300, rhs=ROW, out=F32), GemmConfig(128, 128, 2, multiply_scales=True)),
     "loads shared, tiles in turn": (problem(140, 700, 200, bias=True), GemmConfig(128, 128, 2, share=2)),
+    "loads shared, a block without a partner": (problem(150, 384, 200), GemmConfig(128, 128, 2, share=2)),
     "loads shared, scales multiplied": (
         problem(200, 136, 300, rhs=ROW, out=F32),
         GemmConfig(128, 64, 2, share=2, multiply_scales=True),
@@ -120,6 +122,22 @@ def test_cases_run_as_their_names_say():
     staged = plans["staged in two goes, tiles in turn"]
     _, chunks, _, columns = scratch_types(staged, None)["out_smem"].shape
     assert chunks * columns < staged.num_waves * staged.columns.tile <= 2 * chunks * columns
+
+
+@pytest.mark.parametrize("partners", [1, 2])
+@pytest.mark.parametrize("tile, alignment", [(64, 8), (104, 8), (128, 16), (192, 8), (192, 16)])
+def test_tiles_load_all_rows_that_there_are_and_none_past_the_last_few(tile, alignment, partners):
+    for rows in range(1, 900):
+        edge, stored = edge_of(rows, tile, alignment, partners), align_up(rows, 8)
+        if edge is None:
+            assert stored <= tile or (stored % tile == 0 and cdiv(rows, tile) % partners == 0)
+            continue
+        assert edge.rows % alignment == 0 and edge.rows <= tile
+        assert edge.start % tile == 0 and edge.start < stored + tile
+        assert stored <= edge.start + edge.rows < stored + alignment + 8
+        inside = [start for start in range(0, rows, tile) if start < edge.start]
+        assert all(start + tile <= stored for start in inside)
+        assert edge.start == len(inside) * tile
 
 
 @interpreted
