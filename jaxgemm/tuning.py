@@ -319,7 +319,7 @@ def _mac_microseconds(problem: GemmProblem, config: GemmConfig) -> float:
 def _shallow(problem: GemmProblem, config: GemmConfig) -> float:
     """Time of a k tile of two waves in all, which read more for each product, beside one of three or four.
 
-    That of 128x192 is as long as that of 192x128 (H100, 17 dense products, edges-h100.json).
+    That of 128x192 is as long as that of 192x128 (H100, 20 dense products, edges-h100.json).
     """
     few_waves = config.num_waves * config.warpgroups <= 2
     if all_scales_per_row(problem):

@@ -1,6 +1,8 @@
 """The benchmark's commands on a CPU: everything but CUPTI, with a timer that needs no clock in its place."""
 
 import pathlib
+import re
+import shlex
 import subprocess
 import sys
 import types
@@ -10,6 +12,7 @@ import pytest
 from bench_support import SteadyTimer, bench, sample_report
 
 from jaxgemm.bench import block, dense, fsdp, grouped, moe, quantize, readme, report, train
+from jaxgemm.bench.__main__ import make_parser, selected_cases
 from jaxgemm.bench.measure import Call
 from jaxgemm.bench.rows import Setup
 
@@ -56,6 +59,7 @@ def test_without_a_gpu_it_says_so_in_one_line():
         (["gemm", "--vs", "xla-bf16,other"], "got other"),
         (["gemm", "--m", "1", "--n", "1", "--k", "1", "--compare", "nowhere.json"], "holds no report"),
         (["readme", "--file", str(ROOT / "README.md"), "--results", "nowhere"], "gemm-h100.json holds no report"),
+        (["readme", "--file", "nowhere.md"], "there is no nowhere.md here"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, message, capsys):
@@ -261,6 +265,22 @@ def test_readme_with_wrong_markers_is_refused(tmp_path):
         readme.render("<!-- table: x -->\nno end", tmp_path)
     with pytest.raises(ValueError, match="no report"):
         readme.render("<!-- table: x -->\n<!-- end -->", tmp_path)
+
+
+def test_commands_of_readme_can_be_run_as_they_stand():
+    commands = re.findall(r"`python -m jaxgemm\.bench ([^`]*)` on ", (ROOT / "README.md").read_text())
+    assert len(commands) >= 7
+    for command in commands:
+        options = make_parser().parse_args(shlex.split(command))
+        if options.command != "readme":
+            assert selected_cases(options)
+
+
+def test_a_report_has_its_command_as_a_shell_takes_it(tmp_path):
+    path = tmp_path / "a.json"
+    command = ["--only", "^large 8x8x8|8x8x8", "--m", "8", "--n", "8", "--k", "8", "--vs", "", "--json", str(path)]
+    assert bench("gemm", *command) == 0
+    assert shlex.split(report.read(path)["arguments"])[: len(command)] == command
 
 
 def test_readme_of_this_project_is_up_to_date():

@@ -3,6 +3,7 @@
 import functools
 import json
 import logging
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -178,6 +179,13 @@ def test_a_named_implementation_that_cannot_is_said_not_raised():
     found = jaxgemm.explain(call, X, W, platform="cpu")
     assert [p.implementation for p in found.problems] == [None] * 3
     assert "runs on    nothing: 'mosaic' was asked for, and raises" in str(found)
+
+
+def test_the_guide_shows_what_is_chosen(on_hopper, monkeypatch):
+    monkeypatch.setattr(dispatch, "device_kind", lambda: None)
+    (product,) = products(jaxgemm.explain(jaxgemm.fp8_dot, shape(4096, 7168), shape(7168, 4096), platform="cuda"))
+    guide = (pathlib.Path(__file__).parents[1] / "docs" / "tuning.md").read_text()
+    assert f"    tile       {tiles.describe_config(product.config)} (model)\n" in guide
 
 
 def test_tiles_and_where_they_come_from(on_hopper, monkeypatch):

@@ -5,6 +5,7 @@ import dataclasses
 import os
 import pathlib
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -107,7 +108,7 @@ def run(options: argparse.Namespace, arguments: list[str], timer: Timer, copy_by
     cases = selected_cases(options)
     setup = make_setup(options, module, timer)
     limits = measured_limits(timer, copy_bytes)
-    new = report.new_report(options.command, " ".join(arguments[1:]), timer.method, limits, setup)
+    new = report.new_report(options.command, shlex.join(arguments[1:]), timer.method, limits, setup)
     if old:
         report.check_comparable(new, old)
     with progress(len(cases), what) as advance:
@@ -219,7 +220,13 @@ def print_report(new: report.Report) -> None:
 
 
 def update_readme(options: argparse.Namespace) -> int:
-    """Writes README's tables, or checks them."""
+    """Writes README's tables, or checks them.
+
+    Raises:
+        ValueError: if there is no README.
+    """
+    if not options.file.is_file():
+        raise ValueError(f"--file must be a README with tables, and there is no {options.file} here")
     if readme.update(options.file, options.results, options.check):
         return 0
     if options.check:
@@ -234,7 +241,8 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (module, what) in COMMANDS.items():
         command = commands.add_parser(name, help=what, description=what)
-        command.add_argument("--vs", help=f"what to measure beside it, by commas: {','.join(module.PEERS)}")
+        peers = ",".join(module.PEERS)
+        command.add_argument("--vs", help=f"what to measure beside it, by commas ('': nothing); default: {peers}")
         command.add_argument("--implementation", choices=IMPLEMENTATIONS, help="default: the best there is")
         command.add_argument("--only", default="", metavar="REGEX", help="cases whose name it finds")
         command.add_argument("--iterations", type=_positive, default=20, help="calls a round (default 20)")
