@@ -77,7 +77,8 @@ def test_gemm(kind, tmp_path, capsys):
     code = bench("gemm", *sizes, "--bias", "--vs", "xla-bf16,xla-fp8", "--cold-megabytes", "0.01", "--json", str(path))
     assert code == 0
     made = report.read(path)
-    assert made["environment"]["jax"] == jax.__version__ and made["environment"]["commit"]
+    assert made["environment"]["jax"] == jax.__version__
+    assert made["environment"]["commit"] or not (ROOT / ".git").exists()
     assert made["limits"]["copy_gbps"] == 21.0 and made["method"]["timer"] == "steady clock"
     assert [(row["m"], row["cold"]) for row in made["rows"]] == [(5, kind == "dense"), (130, False)]
     for row in made["rows"]:
