@@ -9,7 +9,8 @@ so there is nothing to download. Both runs start from the same parameters and se
     python examples/moe.py --preset mixtral   # one layer of Mixtral 8x7B's size, 8192 tokens a step: for a GPU
 
 Prints the final losses, their relative gap and what share of the tokens each expert got, and leaves `loss.png` and
-`metrics.json` in --out. Without --resume, what an earlier run left in --out is replaced.
+`metrics.json` in --out. Without --resume, what an earlier run left there is removed before the first step; with it, all
+settings must be those of --out's `settings.json`.
 """
 
 import argparse

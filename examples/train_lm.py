@@ -12,8 +12,10 @@ Several hosts: start this once on each, with the same flags and --coordinator HO
 --process-id (--coordinator auto alone where a cluster's launcher tells, as Slurm's does), and --out on a file system
 that all of them see. Checkpoints do not depend on the mesh: --resume goes on with another one.
 
-Prints the final losses and their relative gap, and leaves `loss.png` and `metrics.json` in --out. Without
---resume, what an earlier run left in --out is replaced.
+Prints the final losses and their relative gap, and leaves `loss.png` and `metrics.json` in --out. Without --resume,
+what an earlier run left there is removed before the first step. --resume is refused unless all settings are those of
+--out's `settings.json`, so that only runs of equal settings are ever compared. To make them one by one: --only f32,
+then --only fp8 --resume, then --resume alone.
 """
 
 import argparse

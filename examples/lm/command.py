@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
@@ -11,6 +12,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from lm import report
@@ -87,8 +89,7 @@ def compare(
     Returns:
         What `metrics.json` has.
     """
-    if jax.process_index() == 0:
-        _open_directory(arguments.out, settings, arguments.resume)
+    _open_directory(arguments.out, settings, arguments.resume)
     texts = load_standard_library()
 
     runs, metrics = [], {}
@@ -96,7 +97,7 @@ def compare(
         if arguments.only in (None, name):
             directory = arguments.out / f"checkpoints_{name}"
             model = make_model(settings, name == "fp8")
-            runs.append(train(name, settings, model, texts, directory, mesh, resume=arguments.resume))
+            runs.append(train(name, settings, model, texts, directory, mesh))
             metrics = report.collect(settings, texts, runs)
             if jax.process_index() == 0:  # after each run, so that a kill in the second one loses nothing of the first
                 report.write_metrics(metrics, arguments.out / "metrics.json")
@@ -109,12 +110,35 @@ def compare(
 
 
 def _open_directory(directory: Path, settings: Settings, resume: bool) -> None:
-    """Makes the output directory, and refuses to go on with a run that had other settings."""
+    """Makes the output directory one whose every run is of these settings, or ends the command.
+
+    All processes call this: each looks, one writes, and the others wait for it.
+    """
     path = directory / "settings.json"
-    if resume and path.exists():
+    checkpoints = [directory / f"checkpoints_{name}" for name in (*SHORT_NAMES.values(), "fp8")]
+    if resume:
+        _refuse_other_settings(path, settings, checkpoints)
+    if jax.process_index() == 0 and not (resume and path.exists()):
+        # NOTE: The old settings go first and the new ones come last, at once, so that wherever this is killed, no
+        # checkpoint lies beside settings that are not its own.
+        directory.mkdir(parents=True, exist_ok=True)
+        for old in (path, directory / "metrics.json", directory / "loss.png"):
+            old.unlink(missing_ok=True)
+        for old in filter(Path.exists, checkpoints):
+            shutil.rmtree(old)
+        partial = directory / "settings.json.partial"
+        partial.write_text(json.dumps(asdict(settings), indent=1) + "\n")
+        partial.replace(path)
+    multihost_utils.sync_global_devices(f"opened {directory.name}")
+
+
+def _refuse_other_settings(path: Path, settings: Settings, checkpoints: list[Path]) -> None:
+    """Ends a command that would go on with checkpoints of other settings, or of nobody knows which."""
+    if path.exists():
         earlier, now = json.loads(path.read_text()), asdict(settings)
-        changed = [f"{key} was {earlier.get(key)}, is {now[key]}" for key in now if earlier.get(key) != now[key]]
+        pairs = {key: (earlier.get(key, "absent"), now.get(key, "absent")) for key in {**now, **earlier}}
+        changed = [f"{key} was {was}, is {value}" for key, (was, value) in pairs.items() if was != value]
         if changed:
-            sys.exit(f"--resume needs the settings that {directory} was started with: {'; '.join(changed)}")
-    directory.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(settings), indent=1) + "\n")
+            sys.exit(f"--resume needs the settings that {path.parent} was started with: {'; '.join(changed)}")
+    elif any(directory.exists() for directory in checkpoints):
+        sys.exit(f"--resume needs {path}, which says what the checkpoints beside it are of; it is not there")

@@ -6,7 +6,6 @@ that was killed goes on from its last checkpoint as if nothing had happened.
 
 import functools
 import hashlib
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -19,7 +18,6 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from flax import linen as nn
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
@@ -98,19 +96,16 @@ def train(
     texts: tuple[Text, Text],
     directory: Path,
     mesh: Mesh,
-    *,
-    resume: bool,
 ) -> Run:
-    """Trains one model from the seed, or from its last checkpoint, to the last step.
+    """Trains one model from its last checkpoint, or from the seed if there is none, to the last step.
 
     Args:
         name: Shown beside the progress bar.
         settings: Sizes and seed.
         model: Logits of the next byte, uint8 `[batch, seq]` to float32 `[batch, seq, 256]`.
         texts: Train and validation text.
-        directory: Where the checkpoints are. Without `resume`, those of an earlier run are removed.
+        directory: Where the checkpoints are, of these settings.
         mesh: The devices. A run may go on with another mesh than it began with, to the same losses up to rounding.
-        resume: Whether to go on from the last checkpoint, if there is one.
 
     Returns:
         The history from the first step on, also of the part before a kill.
@@ -130,8 +125,6 @@ def train(
         loss, sown = jax.lax.map(lambda batch: cross_entropy(model, params, split_batch(mesh, batch)), batches)
         return loss.mean(), jax.tree.map(lambda x: x.mean(axis=0), sown.get("metrics", {}))
 
-    if not resume:
-        _remove(directory)
     with _checkpoint_manager(directory) as manager:
         state, history = _restore(manager, state)
         validate = functools.partial(evaluate, data=validation_data)
@@ -239,13 +232,6 @@ def _refuse_what_is_not_finite(name: str, losses: list[float]) -> None:
     if not np.isfinite(losses[-SYNC_EVERY:]).all():
         step = next(step for step, loss in enumerate(losses, 1) if not np.isfinite(loss))
         raise FloatingPointError(f"{name}: the loss of step {step} is {losses[step - 1]}, where it must be finite")
-
-
-def _remove(directory: Path) -> None:
-    """Removes what an earlier run left: one process does, and the others wait for it."""
-    if jax.process_index() == 0:
-        shutil.rmtree(directory, ignore_errors=True)
-    multihost_utils.sync_global_devices(f"removed {directory.name}")
 
 
 def _checkpoint_manager(directory: Path) -> ocp.CheckpointManager:
