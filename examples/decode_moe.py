@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flags import positive_int
 
 import jaxgemm
 from jaxgemm import ScaledArray
@@ -161,14 +162,16 @@ def largest_error(weights: Weights, steps: list[dict[str, Any]], top_k: int) -> 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Decodes, and says what was compiled and how far the results are from those of each token by itself."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--experts", type=int, default=8)
-    parser.add_argument("--top-k", type=int, default=2)
-    parser.add_argument("--d-model", type=int, default=256)
-    parser.add_argument("--d-ff", type=int, default=512)
-    parser.add_argument("--batch", type=int, default=16, help="sequences")
-    parser.add_argument("--steps", type=int, default=8, help="of the longest sequence")
+    parser.add_argument("--experts", type=positive_int, default=8)
+    parser.add_argument("--top-k", type=positive_int, default=2)
+    parser.add_argument("--d-model", type=positive_int, default=256)
+    parser.add_argument("--d-ff", type=positive_int, default=512)
+    parser.add_argument("--batch", type=positive_int, default=16, help="sequences")
+    parser.add_argument("--steps", type=positive_int, default=8, help="of the longest sequence")
     parser.add_argument("--implementation", choices=("mosaic", "xla"), help="of the experts' products")
     arguments = parser.parse_args(argv)
+    if arguments.top_k > arguments.experts:
+        parser.error(f"--top-k must be from 1 to --experts {arguments.experts}, got {arguments.top_k}")
 
     keys = jax.random.split(jax.random.key(0), 2)
     weights = init_weights(arguments.experts, arguments.d_model, arguments.d_ff, keys[0])

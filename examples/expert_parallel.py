@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flags import positive_int
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -117,12 +118,15 @@ def expert_parallel_layer(mesh: Mesh, experts: Experts, x: jax.Array, expert_of:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the layer on all devices, and says what travelled."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--experts", type=int, default=16)
-    parser.add_argument("--d-model", type=int, default=256)
-    parser.add_argument("--d-ff", type=int, default=512)
-    parser.add_argument("--capacity", type=int, default=32, help="places for the tokens of one device to one expert")
+    parser.add_argument("--tokens", type=positive_int, default=1024)
+    parser.add_argument("--experts", type=positive_int, default=16)
+    parser.add_argument("--d-model", type=positive_int, default=256)
+    parser.add_argument("--d-ff", type=positive_int, default=512)
+    parser.add_argument("--capacity", type=positive_int, default=32, help="places for a device's tokens to one expert")
     arguments = parser.parse_args(argv)
+    for name in ("tokens", "experts"):
+        if (size := getattr(arguments, name)) % jax.device_count():
+            parser.error(f"--{name} must be a multiple of the number of devices, {jax.device_count()}, got {size}")
     mesh = jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
     split = NamedSharding(mesh, P(AXIS))
 

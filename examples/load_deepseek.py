@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.flax
+from flags import positive_int
 
 import jaxgemm
 from jaxgemm import ScaledArray
@@ -157,9 +158,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Writes, reads, compares; or lists what a checkpoint has."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--from", dest="directory", type=Path, metavar="DIR", help="a checkpoint to list")
-    parser.add_argument("--d-model", type=int, default=320)
-    parser.add_argument("--d-ff", type=int, default=640)
-    parser.add_argument("--experts", type=int, default=4)
+    parser.add_argument("--d-model", type=positive_int, default=320)
+    parser.add_argument("--d-ff", type=positive_int, default=640)
+    parser.add_argument("--experts", type=positive_int, default=4)
     arguments = parser.parse_args(argv)
     if arguments.directory:
         for name, weight in load_weights(arguments.directory).items():

@@ -15,7 +15,6 @@ settings must be those of --out's `settings.json`.
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,9 +73,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--balance-weight", type=float, default=0.01, help="of the loss that balances the load")
     parser.add_argument("--implementation", choices=("mosaic", "xla"), help="of the experts' FP8 products")
     arguments = parser.parse_args(argv)
-    settings = make_settings(arguments, PRESETS, MixtureSettings)
+    settings = make_settings(parser, arguments, PRESETS, MixtureSettings)
     if not 1 <= settings.top_k <= settings.experts:
-        sys.exit(f"--top-k must be from 1 to --experts {settings.experts}, got {settings.top_k}")
+        parser.error(f"--top-k must be from 1 to --experts {settings.experts}, got {settings.top_k}")
     metrics = compare(arguments, settings, make_model, make_mesh(parse_mesh("fsdp=1")))
     print_loads(metrics)
     return metrics

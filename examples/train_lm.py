@@ -20,7 +20,6 @@ then --only fp8 --resume, then --resume alone.
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,7 +35,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     """The flags; a size that is not given comes from the preset."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
@@ -45,10 +44,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="of several processes: where process 0 listens")
     parser.add_argument("--num-processes", type=int)
     parser.add_argument("--process-id", type=int)
-    arguments = parser.parse_args(argv)
-    if arguments.coordinator is None and (arguments.num_processes, arguments.process_id) != (None, None):
-        parser.error("--num-processes and --process-id need --coordinator")
-    return arguments
+    return parser
 
 
 def join_processes(arguments: argparse.Namespace) -> None:
@@ -66,13 +62,16 @@ def make_model(settings: Settings, fp8: bool) -> Transformer:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Trains, prints, writes; returns what metrics.json has."""
-    arguments = parse_arguments(argv)
+    parser = make_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.coordinator is None and (arguments.num_processes, arguments.process_id) != (None, None):
+        parser.error("--num-processes and --process-id need --coordinator")
     join_processes(arguments)
-    settings = make_settings(arguments, PRESETS, Settings)
+    settings = make_settings(parser, arguments, PRESETS, Settings)
     try:
         mesh = make_mesh(arguments.mesh)
     except ValueError as error:
-        sys.exit(f"--mesh: {error}")
+        parser.error(f"--mesh: {error}")
     return compare(arguments, settings, make_model, mesh)
 
 

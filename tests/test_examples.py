@@ -183,8 +183,6 @@ def test_training_heeds_the_balance_loss_and_may_leave_checkpoints_out(tmp_path)
     assert without["train_losses"][0] == with_loss["train_losses"][0]
     assert without["parameters_sha256"] != with_loss["parameters_sha256"]
     assert not any((tmp_path / "checkpoints_f32").iterdir())
-    with pytest.raises(SystemExit, match="--top-k must be from 1 to --experts 4, got 5"):
-        moe.main([*flags, "--top-k", "5"])
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="a GPU may have it")

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from flags import folder, non_negative_int, positive_int
 from flax import linen as nn
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -29,20 +30,22 @@ def add_flags(parser: argparse.ArgumentParser, presets: Presets, out: str) -> No
     parser.add_argument("--preset", choices=presets, default="demo", help="where sizes not given come from")
     for name, value in presets["demo"].items():
         if isinstance(value, int):
-            parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"default: {value}")
+            parser.add_argument(f"--{name.replace('_', '-')}", type=positive_int, help=f"default: {value}")
     parser.add_argument("--lr", type=float, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=SHORT_NAMES, help="default: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--attention", choices=("xla", "cudnn"), default="xla", help="cudnn: bfloat16 on a GPU")
     parser.add_argument("--only", choices=("fp8", *SHORT_NAMES.values()), help="run one of the two")
-    parser.add_argument("--out", type=Path, default=Path(out))
-    parser.add_argument("--checkpoint-every", type=int, metavar="STEPS", help="default: 100; 0: never")
-    parser.add_argument("--evaluate-every", type=int, metavar="STEPS", help="default: a fifth of all steps")
+    parser.add_argument("--out", type=folder, default=Path(out))
+    parser.add_argument("--checkpoint-every", type=non_negative_int, metavar="STEPS", help="default: 100; 0: never")
+    parser.add_argument("--evaluate-every", type=positive_int, metavar="STEPS", help="default: a fifth of all steps")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
 
 
-def make_settings(arguments: argparse.Namespace, presets: Presets, settings_type: type[SettingsType]) -> SettingsType:
-    """Fills in what was not given."""
+def make_settings(
+    parser: argparse.ArgumentParser, arguments: argparse.Namespace, presets: Presets, settings_type: type[SettingsType]
+) -> SettingsType:
+    """Fills in what was not given; flags that do not go together end the command."""
     given = {key: value for key, value in vars(arguments).items() if value is not None}
     values = {**presets[arguments.preset], **given}
     if "dtype" not in given:
@@ -53,9 +56,13 @@ def make_settings(arguments: argparse.Namespace, presets: Presets, settings_type
     values.setdefault("evaluate_every", max(values["steps"] // 5, 1))
     settings = settings_type(**{field.name: values[field.name] for field in fields(settings_type)})
     if arguments.only not in (None, "fp8", SHORT_NAMES[settings.dtype]):
-        sys.exit(f"--only {arguments.only} and --dtype {settings.dtype} do not go together")
-    if settings.d_model % settings.heads:
-        sys.exit(f"--d-model must be a multiple of --heads, got {settings.d_model} and {settings.heads}")
+        parser.error(f"--only {arguments.only} and --dtype {settings.dtype} do not go together")
+    if settings.d_model % (2 * settings.heads):  # a rotary embedding turns pairs of a head's features
+        multiple = f"2 * --heads = {2 * settings.heads}"
+        parser.error(f"--d-model must be a multiple of {multiple}, got {settings.d_model}")
+    place = f"{settings.dtype} on a {jax.default_backend()}"
+    if settings.attention == "cudnn" and place != "bfloat16 on a gpu":
+        parser.error(f"--attention cudnn must compute in bfloat16 on a gpu, got {place}; xla takes all")
     return settings
 
 
