@@ -2,8 +2,10 @@
 
 The experts' weights are quantised once. In every step, the tokens of the sequences that are not finished yet (fewer
 and fewer) are put into groups `[experts, batch, d_model]`, one group for each expert; `masked_m` counts the rows of
-each group that hold a token. It is an array on the device, so that no step compiles anything anew, and rows past it
-are neither read nor written. At the end, every step's result is compared with that of each token by itself.
+each group that hold a token. It is an array on the device, so that no step compiles anything anew. The Hopper kernels
+read no tile of rows that all lie past it: products leave these unwritten, and quantising writes zeros there. What XLA
+does between them, the SwiGLU for one, it does for every row. At the end, every step's result is compared with that of
+each token by itself.
 
     python examples/decode_moe.py                                              # small, for a CPU
     python examples/decode_moe.py --experts 8 --d-model 4096 --d-ff 14336 --batch 128 --steps 64   # for a GPU
@@ -51,6 +53,17 @@ def route(weights: Weights, x: jax.Array, top_k: int) -> tuple[jax.Array, jax.Ar
     return experts, shares / shares.sum(axis=1, keepdims=True)
 
 
+def swiglu(gate_up: jax.Array) -> jax.Array:
+    """Returns `silu(gate) * up` of `[..., 2 * d_ff]`, rounded once, to its dtype.
+
+    Told to round, the compiler does: by itself it may keep more digits where it fuses this into what comes next, in one
+    program and not in another, and FP8 values would differ.
+    """
+    gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
+    info = jnp.finfo(gate_up.dtype)
+    return jax.lax.reduce_precision(jax.nn.silu(gate) * up, info.nexp, info.nmant).astype(gate_up.dtype)
+
+
 def moe_layer(
     weights: Weights, x: jax.Array, is_active: jax.Array, top_k: int, implementation: str | None = None
 ) -> tuple[jax.Array, jax.Array]:
@@ -81,9 +94,10 @@ def moe_layer(
     options: dict[str, Any] = dict(
         expected_m=max(1, batch * top_k // num_experts), fill="unspecified", implementation=implementation
     )
-    hidden = jaxgemm.masked_grouped_gemm(jaxgemm.quantize(groups), weights.gate_up, masked_m, **options)
-    gate, up = jnp.split(hidden, 2, axis=-1)
-    outputs = jaxgemm.masked_grouped_gemm(jaxgemm.quantize(jax.nn.silu(gate) * up), weights.down, masked_m, **options)
+    lhs = jaxgemm.quantize(groups, valid_rows=masked_m)
+    hidden = swiglu(jaxgemm.masked_grouped_gemm(lhs, weights.gate_up, masked_m, **options))
+    lhs = jaxgemm.quantize(hidden, valid_rows=masked_m)
+    outputs = jaxgemm.masked_grouped_gemm(lhs, weights.down, masked_m, **options)
 
     copies = outputs.at[experts, row].get(mode="fill", fill_value=0).astype(jnp.float32)
     return jnp.einsum("tkd,tk->td", copies, shares).astype(x.dtype), masked_m
@@ -95,8 +109,8 @@ def token_layer(weights: Weights, x: jax.Array, top_k: int) -> jax.Array:
 
     def one_expert(expert: jax.Array) -> jax.Array:
         gate_up, down = (jax.tree.map(lambda leaf: leaf[expert], w) for w in (weights.gate_up, weights.down))
-        gate, up = jnp.split(jaxgemm.gemm(jaxgemm.quantize(x[None]), gate_up), 2, axis=-1)
-        return jaxgemm.gemm(jaxgemm.quantize(jax.nn.silu(gate) * up), down)[0]
+        hidden = swiglu(jaxgemm.gemm(jaxgemm.quantize(x[None]), gate_up))
+        return jaxgemm.gemm(jaxgemm.quantize(hidden), down)[0]
 
     copies = jnp.stack([one_expert(experts[0, i]) for i in range(top_k)]).astype(jnp.float32)
     return (shares[0] @ copies).astype(x.dtype)

@@ -2,6 +2,7 @@
 printed."""
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 
 import jaxgemm
+from jaxgemm.problem import QuantizeProblem
 
 for module in ("flax", "optax", "orbax.checkpoint", "matplotlib", "tqdm"):
     pytest.importorskip(module)
@@ -202,6 +204,15 @@ def test_decoding_compiles_once_and_is_each_token_by_itself(capsys):
     assert [sum(count) for count in counts] == [2 * int(step["is_active"].sum()) for step in result["steps"]]
     assert len({tuple(count) for count in counts}) == 4
     assert "compilations after the first step: 0" in capsys.readouterr().out
+
+
+def test_decoding_quantises_the_rows_that_hold_a_token():
+    weights = decode_moe.init_weights(3, 40, 24, jax.random.key(0))
+    x, is_active = jnp.ones((5, 40), jnp.bfloat16), jnp.arange(5) < 2
+    layer = functools.partial(decode_moe.moe_layer, top_k=1)
+    problems = [problem.found.problem for problem in jaxgemm.explain(layer, weights, x, is_active).problems]
+    quantising = [problem for problem in problems if isinstance(problem, QuantizeProblem)]
+    assert [problem.rows for problem in quantising] == ["masked", "masked"] and len(problems) == 4
 
 
 def test_the_check_of_decoding_sees_a_wrong_row():
