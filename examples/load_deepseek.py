@@ -2,7 +2,8 @@
 
 DeepSeek-V3 and models like it keep a linear layer as `NAME.weight`, float8_e4m3fn `[n, k]`, and
 `NAME.weight_scale_inv`, a float32 for each block of 128x128 to multiply it with. That is what `ScaledArray.from_parts`
-takes. The experts of a layer are stacked, `[g, n, k]`, which is what grouped products take.
+takes; scales in bfloat16, as Qwen3 has them, are widened to it. The experts of a layer are stacked, `[g, n, k]`, which
+is what grouped products take.
 
     python examples/load_deepseek.py              # writes a small checkpoint of that format, and reads it
     python examples/load_deepseek.py --from DIR   # lists what a downloaded one has; all of it is read
@@ -38,39 +39,76 @@ Weight = jax.Array | ScaledArray
 
 
 def read_tensors(path: Path) -> dict[str, jax.Array]:
-    """Reads all tensors of a safetensors file.
+    """Reads all tensors of a safetensors file; scales in bfloat16 or float16 are widened to float32, which is exact.
 
     The library's own readers for NumPy and Flax know no FP8 (safetensors 0.8), so this takes the bytes that it hands
     out and says what they are.
+
+    Raises:
+        ValueError: if the file is of another format, or a tensor of another dtype than `DTYPES` has.
     """
+    try:
+        found = safetensors.deserialize(path.read_bytes())
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} must be a whole safetensors file: {error}") from error
     tensors = {}
-    for name, tensor in safetensors.deserialize(path.read_bytes()):
+    for name, tensor in found:
+        if tensor["dtype"] not in DTYPES:
+            raise ValueError(f"{name} in {path} must be one of {', '.join(DTYPES)}, got {tensor['dtype']}")
         values = np.frombuffer(tensor["data"], DTYPES[tensor["dtype"]])
+        if name.endswith(SCALES) and tensor["dtype"] in ("BF16", "F16"):
+            values = values.astype(np.float32)
         tensors[name] = jnp.asarray(values.reshape(tensor["shape"]))
     return tensors
+
+
+def read_block_shape(directory: Path) -> tuple[int, int]:
+    """Reads the shape of the scaling blocks from a checkpoint's `config.json`.
+
+    Raises:
+        ValueError: if there is none, or it says that the weights are quantised in another way.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{directory} must be a folder with config.json and *.safetensors, got no {path}")
+    try:
+        config = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} must be JSON: {error}") from error
+    match config.get("quantization_config"):
+        case {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [int(rows), int(columns)]}:
+            return rows, columns
+        case other:
+            wanted = "quant_method fp8, weight_block_size [rows, columns] and fmt e4m3"
+            raise ValueError(f"quantization_config of {path} must have {wanted}, got {other}")
 
 
 def load_weights(directory: Path) -> dict[str, Weight]:
     """Reads a checkpoint of several files; every tensor that comes with scales becomes a `ScaledArray`.
 
     Raises:
-        ValueError: if `config.json` says that the weights are quantised in another way.
+        ValueError: if a file is missing or cannot be read, or the weights are quantised in another way.
     """
-    config = json.loads((directory / "config.json").read_text())["quantization_config"]
-    if (config["quant_method"], config["fmt"]) != ("fp8", "e4m3"):
-        raise ValueError(f"quantization_config must have quant_method fp8 and fmt e4m3, got {config}")
-    rows, columns = config["weight_block_size"]
-
+    block_shape = read_block_shape(directory)
     tensors: dict[str, jax.Array] = {}
+    files: dict[str, Path] = {}
     for path in sorted(directory.glob("*.safetensors")):  # a layer's scales may lie in another file than its values
-        tensors |= read_tensors(path)
-    return {
-        name: ScaledArray.from_parts(tensor, tensors[name + SCALES], (rows, columns))
-        if name + SCALES in tensors
-        else tensor
-        for name, tensor in tensors.items()
-        if not name.endswith(SCALES)
-    }
+        found = read_tensors(path)
+        tensors |= found
+        files |= dict.fromkeys(found, path)
+    if not files:
+        raise ValueError(f"{directory} must be a folder with config.json and *.safetensors, got no *.safetensors")
+
+    weights: dict[str, Weight] = {}
+    for name, tensor in tensors.items():
+        if name + SCALES in tensors:
+            try:
+                weights[name] = ScaledArray.from_parts(tensor, tensors[name + SCALES], block_shape)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{name} in {files[name]}: {error}") from error
+        elif not name.endswith(SCALES):
+            weights[name] = tensor
+    return weights
 
 
 def stack_experts(weights: Mapping[str, Weight], layer: str) -> dict[str, Any]:
@@ -163,7 +201,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     parser.add_argument("--experts", type=positive_int, default=4)
     arguments = parser.parse_args(argv)
     if arguments.directory:
-        for name, weight in load_weights(arguments.directory).items():
+        try:
+            weights = load_weights(arguments.directory)
+        except (OSError, ValueError) as refusal:
+            parser.error(f"--from: {refusal}")
+        for name, weight in weights.items():
             print(f"{name}: {weight if isinstance(weight, ScaledArray) else f'{weight.dtype}{list(weight.shape)}'}")
         return {}
     with tempfile.TemporaryDirectory() as directory:

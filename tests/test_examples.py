@@ -247,7 +247,77 @@ def test_a_checkpoint_in_deepseeks_format_is_used_as_it_is(tmp_path, capsys):
 
     load_deepseek.main(["--from", str(tmp_path)])
     assert "model.norm.weight: bfloat16[140]" in capsys.readouterr().out
-    config = (tmp_path / "config.json").read_text()
-    (tmp_path / "config.json").write_text(config.replace("e4m3", "ue8m0"))
-    with pytest.raises(ValueError, match="fmt e4m3, got"):
+
+
+QUANTIZATION = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+
+
+def write_checkpoint(directory, config, tensors):
+    from safetensors.flax import save_file
+
+    (directory / "config.json").write_text(json.dumps(config))
+    if tensors:
+        save_file(tensors, directory / "model.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_scales_of_16_bits_are_widened(dtype, tmp_path):
+    pytest.importorskip("safetensors")
+    import load_deepseek
+
+    values = jax.random.normal(jax.random.key(0), (200, 300)).astype(jnp.float8_e4m3fn)
+    scales = np.geomspace(1e-7, 1, 6).reshape(2, 3).astype(dtype)  # the first is subnormal in float16
+    assert (scales > 0).all()
+    write_checkpoint(tmp_path, {"quantization_config": QUANTIZATION}, {"a": values, "a_scale_inv": scales, "b": scales})
+    weights = load_deepseek.load_weights(tmp_path)
+    assert weights["a"].scales.dtype == jnp.float32 and weights["b"].dtype == dtype
+    np.testing.assert_array_equal(weights["a"].scales, scales.astype(np.float32))
+    assert (weights["a"].values == values).all()
+
+
+@pytest.mark.parametrize(
+    "quantization, tensors, message",
+    [
+        (None, {}, "quantization_config of .*config.json must have quant_method fp8, .* and fmt e4m3, got None"),
+        ({"fmt": None}, {}, r"quantization_config of .* and fmt e4m3, got \{'quant_method': 'fp8', "),
+        ({"fmt": "ue8m0"}, {}, "quantization_config of .* and fmt e4m3, got .*'fmt': 'ue8m0'"),
+        ({"weight_block_size": None}, {}, r"quantization_config of .* weight_block_size \[rows, columns\] .*, got "),
+        ({}, {}, r"got no \*.safetensors"),
+        (
+            {},
+            {"ids": jnp.arange(3)},
+            "ids in .*model.safetensors must be one of F8_E4M3, F8_E5M2, BF16, F16, F32, got I32",
+        ),
+        (
+            {},
+            {"a": jnp.ones((3, 4), jnp.float8_e4m3fn), "a_scale_inv": jnp.ones((2, 1))},
+            r"a in .*model.safetensors: scales must be \[ceil\(m/128\), ceil\(k/128\)\] = \[1, 1\], got \[2, 1\]",
+        ),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_read_is_refused_by_name(quantization, tensors, message, tmp_path, capsys):
+    pytest.importorskip("safetensors")
+    import load_deepseek
+
+    changed = {key: value for key, value in {**QUANTIZATION, **(quantization or {})}.items() if value is not None}
+    write_checkpoint(tmp_path, {} if quantization is None else {"quantization_config": changed}, tensors)
+    with pytest.raises(ValueError, match=message):
+        load_deepseek.load_weights(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        load_deepseek.main(["--from", str(tmp_path)])
+    assert re.search(f"error: --from: .*{message}", capsys.readouterr().err)
+
+
+def test_files_that_are_missing_or_broken_are_named(tmp_path):
+    pytest.importorskip("safetensors")
+    import load_deepseek
+
+    with pytest.raises(ValueError, match="nothing must be a folder with config.json and .*, got no .*config.json"):
+        load_deepseek.load_weights(tmp_path / "nothing")
+    write_checkpoint(tmp_path, {"quantization_config": QUANTIZATION}, {})
+    (tmp_path / "a.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ValueError, match="a.safetensors must be a whole safetensors file"):
+        load_deepseek.load_weights(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json must be JSON"):
         load_deepseek.load_weights(tmp_path)
