@@ -44,7 +44,7 @@ def init_experts(num_experts: int, d_model: int, d_ff: int, key: jax.Array) -> E
 def apply_experts(experts: Experts, tokens: ScaledArray, counts: jax.Array) -> jax.Array:
     """Sends the first `counts[g]` tokens of each group, `[g, rows, d_model]`, through expert g."""
     hidden = jaxgemm.masked_grouped_gemm(tokens, experts.up, counts, experts.up_bias, activation="silu")
-    return jaxgemm.masked_grouped_gemm(jaxgemm.quantize(hidden), experts.down, counts)
+    return jaxgemm.masked_grouped_gemm(jaxgemm.quantize(hidden, valid_rows=counts), experts.down, counts)
 
 
 def local_layer(experts: Experts, x: jax.Array, expert_of: jax.Array, capacity: int) -> jax.Array:
