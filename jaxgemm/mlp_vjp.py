@@ -124,7 +124,8 @@ def _backward(options: MlpOptions, residuals: Any, dout: jax.Array) -> tuple[Any
         with part("mlp_down_backward"):
             natural = _dpre_in_one_pass(options, dhidden, pre, natural=True, transposed=False)
         dx = _dx(options, [d for d, _, _ in natural], weights)
-        # What is transposed is made when the natural copies are used up, and not before.
+        # What is transposed is made when the natural copies are used up, and not before. dx is not summed over the mesh
+        # yet: inside `shard_map` all that leaves a barrier varies over the same axes.
         dx, dhidden, pre = jax.lax.optimization_barrier((dx, dhidden, pre))
     with part("mlp_down_backward"):
         dpre, hidden = _quantize_dpre(options, dhidden, pre, natural=dx is None)
@@ -133,19 +134,19 @@ def _backward(options: MlpOptions, residuals: Any, dout: jax.Array) -> tuple[Any
     if dx is None:
         dx = _dx(options, [d for d, _, _ in dpre], weights)
     with part("mlp_up_backward"):
+        dx, *_ = settle_gradients(options.first[0], dx, None, None)
         layers = zip(options.first, dpre, strict=True)
         settled = [settle_gradients(a, None, wgrad(a, x_residual, d_t), total) for a, (_, d_t, total) in layers]
     return dx, tuple(dw for _, dw, _ in settled), tuple(dbias for *_, dbias in settled), ddown, ddown_bias
 
 
 def _dx(options: MlpOptions, dpre: list[Any], weights: list[Any]) -> jax.Array:
-    """The gradient of x: two products are added before they are rounded."""
+    """The gradient of x, not yet summed over the mesh: two products are added before they are rounded."""
     with part("mlp_up_backward"):
         sum_dtype = options.first[0].lhs_dtype if len(dpre) == 1 else jnp.float32
         products = zip(options.first, dpre, weights, strict=True)
         dx = functools.reduce(jnp.add, [dgrad(layer, d, w, None, sum_dtype) for layer, d, w in products])
-        dx, *_ = settle_gradients(options.first[0], dx.astype(options.first[0].lhs_dtype), None, None)
-    return dx
+        return dx.astype(options.first[0].lhs_dtype)
 
 
 scaled_mlp.defvjp(_forward, _backward)

@@ -90,13 +90,13 @@ def flat_on_one_device():
 
 
 @eight_devices
-@pytest.mark.parametrize("check_vma", [False, True])
-def test_tensor_parallel_in_shard_map(check_vma):
+@pytest.mark.parametrize("check_vma, low_memory", [(False, False), (True, False), (True, True)])
+def test_tensor_parallel_in_shard_map(check_vma, low_memory):
     """Each device has its part of the hidden layer; one sum over the mesh behind it, one of the input's gradient."""
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
 
     def local(*args):
-        return jax.lax.psum(jaxgemm.fp8_mlp(*args), "b")
+        return jax.lax.psum(jaxgemm.fp8_mlp(*args, low_memory=low_memory), "b")
 
     specs = P("a"), P(None, "b"), P("b"), P(None, "b")
     sharded = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P("a"), check_vma=check_vma)
