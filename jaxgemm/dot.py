@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxgemm.dot_vjp import DotOptions, scaled_dot
 from jaxgemm.explicit_axes import entries_of, run_automatic
+from jaxgemm.layout import clip_to_int32
 from jaxgemm.manual_axes import varying_axes
 from jaxgemm.problem import (
     check_activation,
@@ -110,7 +111,7 @@ def grouped_fp8_dot(
         >>> grouped_fp8_dot(jnp.ones((3, 8)), jnp.ones((2, 8, 4)), jnp.array([0, 2]))[:, 0].tolist()
         [8.0, 8.0, 0.0]
     """
-    lhs, rhs, bias, group_sizes = (as_array(x) for x in (lhs, rhs, bias, group_sizes))
+    lhs, rhs, bias = (as_array(x) for x in (lhs, rhs, bias))
     check_float_array("lhs", lhs, ("m", "k"))
     num_groups, k, n = check_rhs(rhs, ("g", "k", "n"))
     if lhs.shape[1] != k:
@@ -119,7 +120,8 @@ def grouped_fp8_dot(
     check_bias(bias, (num_groups, n))
     options = dot_options("grouped", lhs, rhs, bias, preferred_element_type, activation, recipe, implementation)
     product = functools.partial(scaled_dot, options)
-    return run_automatic(product, lambda: (entries_of(lhs)[0], column_entry(rhs)), lhs, rhs, bias, group_sizes)
+    operands = lhs, rhs, bias, clip_to_int32(group_sizes)
+    return run_automatic(product, lambda: (entries_of(lhs)[0], column_entry(rhs)), *operands)
 
 
 def masked_grouped_fp8_dot(
@@ -157,7 +159,7 @@ def masked_grouped_fp8_dot(
         >>> masked_grouped_fp8_dot(jnp.ones((2, 2, 8)), jnp.ones((2, 8, 4)), jnp.array([1, 2]))[:, :, 0].tolist()
         [[8.0, 0.0], [8.0, 8.0]]
     """
-    lhs, rhs, bias, masked_m = (as_array(x) for x in (lhs, rhs, bias, masked_m))
+    lhs, rhs, bias = (as_array(x) for x in (lhs, rhs, bias))
     check_float_array("lhs", lhs, ("g", "m", "k"))
     num_groups, k, n = check_rhs(rhs, ("g", "k", "n"))
     if (lhs.shape[0], lhs.shape[2]) != (num_groups, k):
@@ -166,7 +168,8 @@ def masked_grouped_fp8_dot(
     check_bias(bias, (num_groups, n))
     options = dot_options("masked", lhs, rhs, bias, preferred_element_type, activation, recipe, implementation)
     product = functools.partial(scaled_dot, options)
-    return run_automatic(product, lambda: (*entries_of(lhs)[:2], column_entry(rhs)), lhs, rhs, bias, masked_m)
+    operands = lhs, rhs, bias, clip_to_int32(masked_m)
+    return run_automatic(product, lambda: (*entries_of(lhs)[:2], column_entry(rhs)), *operands)
 
 
 def fp8_dot_general(

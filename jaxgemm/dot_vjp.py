@@ -235,14 +235,27 @@ def settle_gradients(options: DotOptions, *gradients: Any) -> list[Any]:
 def _wgrad_bf16(options: DotOptions, lhs: jax.Array, dout: jax.Array, sizes: Any) -> jax.Array:
     lhs, dout = lhs.astype(jnp.bfloat16), dout.astype(jnp.bfloat16)
     if options.kind != "grouped":
-        return jnp.einsum("...mk,...mn->...kn", lhs, dout, preferred_element_type=jnp.float32)
+        return jax.lax.platform_dependent(lhs, dout, cpu=_wide_product, default=_tn_product)
     numbers = jax.lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(([0], [0]), ([], [])), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
     )
     offsets = layout.group_offsets(sizes, lhs.shape[0])
-    valid = (jnp.arange(lhs.shape[0]) < offsets[-1])[:, None]
-    lhs, dout = (jnp.where(valid, x, jnp.zeros((), x.dtype)) for x in (lhs, dout))
-    return jax.lax.ragged_dot_general(lhs, dout, jnp.diff(offsets), numbers, preferred_element_type=jnp.float32)
+    valid = (jnp.arange(lhs.shape[0], dtype=jnp.int32) < offsets[-1])[:, None]
+    # NOTE: it can be batched in all operands or in none. A sum of nothing, which depends on each, makes them alike.
+    zero = lhs[:0].sum() + dout[:0].sum() + offsets[:0].sum(dtype=jnp.int32).astype(jnp.bfloat16)
+    lhs, dout = (jnp.where(valid, x, zero) for x in (lhs, dout))
+    sizes = jnp.diff(offsets) + zero.astype(jnp.int32)
+    return jax.lax.ragged_dot_general(lhs, dout, sizes, numbers, preferred_element_type=jnp.float32)
+
+
+def _tn_product(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    """`[..., m, k] x [..., m, n] -> [..., k, n]` in float32."""
+    return jnp.einsum("...mk,...mn->...kn", lhs, rhs, preferred_element_type=jnp.float32)
+
+
+def _wide_product(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    """The same of float32 operands, where XLA has no product of bfloat16 with these axes, as for some on a CPU."""
+    return _tn_product(lhs.astype(jnp.float32), rhs.astype(jnp.float32))
 
 
 def quantize_rhs(options: DotOptions, rhs: Any) -> tuple[ScaledArray, ScaledArray]:
@@ -310,7 +323,7 @@ def _sum_rows(options: DotOptions, dout: jax.Array, sizes: Any) -> jax.Array:
         return dout.sum(-2)
     rows, num_groups = dout.shape[0], sizes.shape[0]
     offsets = layout.group_offsets(sizes, rows)
-    group = jnp.where(jnp.arange(rows) < offsets[-1], layout.group_of_row(offsets, rows), num_groups)
+    group = jnp.where(jnp.arange(rows, dtype=jnp.int32) < offsets[-1], layout.group_of_row(offsets, rows), num_groups)
     return jax.ops.segment_sum(dout, group, num_groups + 1)[:num_groups]
 
 
@@ -325,7 +338,7 @@ def drop_masked(options: DotOptions, x: jax.Array, sizes: Any) -> jax.Array:
     """Zeroes the rows past `masked_m`, so that whatever they hold reaches neither a scale nor a sum."""
     if options.kind != "masked":
         return x
-    valid = jnp.arange(x.shape[1]) < sizes[:, None]
+    valid = jnp.arange(x.shape[1], dtype=jnp.int32)[None] < layout.clip_to_int32(sizes)[:, None]
     return jnp.where(valid[..., None], x, jnp.zeros((), x.dtype))
 
 

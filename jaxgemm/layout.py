@@ -10,9 +10,11 @@ group starts at a multiple of 128 and ends in padding, as the weight gradient's 
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 SCALE_BLOCK = 128
 """Elements of the contracted axis that share a scale, and the kernels' tile of that axis (DeepSeek-V3, 3.3.2)."""
@@ -141,7 +143,7 @@ def group_offsets(group_sizes: jax.Array, limit: int) -> jax.Array:
         [0, 3, 3, 10]
     """
     # Clipping each size first keeps the running sum of g sizes below g * limit.
-    sizes = jnp.clip(group_sizes, 0, limit).astype(jnp.int32)
+    sizes = jnp.clip(clip_to_int32(group_sizes), 0, limit)
     ends = jnp.minimum(_saturating_cumsum(sizes, limit, limit), limit)
     return jnp.concatenate([jnp.zeros(1, jnp.int32), ends])
 
@@ -150,7 +152,7 @@ def aligned_group_offsets(group_sizes: jax.Array, alignment: int = SCALE_BLOCK) 
     """Returns where each group starts when every group is padded to a multiple of `alignment`, and the total.
 
     Args:
-        group_sizes: integer `[g]`; a negative size counts as zero.
+        group_sizes: integer `[g]`; a negative size counts as zero. The total must fit in int32.
         alignment: positive.
 
     Returns:
@@ -167,7 +169,7 @@ def aligned_group_offsets(group_sizes: jax.Array, alignment: int = SCALE_BLOCK) 
         raise ValueError(f"group_sizes must be integers [g], got {group_sizes.dtype}{list(group_sizes.shape)}")
     if alignment <= 0:
         raise ValueError(f"alignment must be positive, got {alignment}")
-    sizes = jnp.maximum(group_sizes, 0).astype(jnp.int32)
+    sizes = jnp.maximum(clip_to_int32(group_sizes), 0)
     aligned = (sizes + (alignment - 1)) // alignment * alignment
     return jnp.concatenate([jnp.zeros(1, jnp.int32), running_sum(aligned)])
 
@@ -211,10 +213,20 @@ def aligned_source_rows(
     return jnp.where(valid, offsets[group] + within, 0), group, valid
 
 
-def clip_to_int32(sizes: jax.Array) -> jax.Array:
-    """Returns integers as int32. Wider ones are clipped, not wrapped: too large a size stays too large."""
-    largest = min(jnp.iinfo(jnp.int32).max, jnp.iinfo(sizes.dtype).max)
-    return jnp.minimum(sizes, jnp.asarray(largest, sizes.dtype)).astype(jnp.int32)
+def clip_to_int32(sizes: Any) -> jax.Array:
+    """Returns integers as int32. Wider ones are clipped, not wrapped: too large a size stays too large.
+
+    Example:
+        >>> clip_to_int32(np.array([7, 2**40, -(2**40)])).tolist()
+        [7, 2147483647, -2147483648]
+    """
+    given, kept = np.iinfo(sizes.dtype), np.iinfo(np.int32)
+    low, high = max(given.min, kept.min), min(given.max, kept.max)
+    if isinstance(sizes, np.ndarray):  # before JAX makes int32 of it, as it does without x64
+        return jnp.asarray(sizes.clip(low, high).astype(np.int32))
+    if (low, high) != (given.min, given.max):
+        sizes = jnp.clip(sizes, jnp.asarray(low, sizes.dtype), jnp.asarray(high, sizes.dtype))
+    return sizes.astype(jnp.int32)
 
 
 def clip_aligned_sizes(group_sizes: jax.Array, limit: int, alignment: int) -> jax.Array:
@@ -232,7 +244,7 @@ def clip_aligned_sizes(group_sizes: jax.Array, limit: int, alignment: int) -> ja
         >>> clip_aligned_sizes(jnp.array([100, -1, 200]), limit=256, alignment=128).tolist()
         [100, 0, 128]
     """
-    sizes = jnp.clip(group_sizes, 0, limit).astype(jnp.int32)
+    sizes = jnp.clip(clip_to_int32(group_sizes), 0, limit)
     aligned = (sizes + (alignment - 1)) // alignment * alignment
     ends = _saturating_cumsum(aligned, limit, limit + alignment - 1)
     starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.minimum(ends, limit)[:-1]])
@@ -247,8 +259,9 @@ def group_of_row(offsets: jax.Array, num_rows: int) -> jax.Array:
         [0, 0, 2, 2]
     """
     position = jnp.arange(num_rows, dtype=jnp.int32)
-    group = jnp.searchsorted(offsets[1:], position, side="right", method="compare_all")
-    return jnp.minimum(group, offsets.shape[0] - 2).astype(jnp.int32)
+    # As jnp.searchsorted, which cannot be split over the mesh axes that a `shard_map` leaves to the compiler.
+    group = jnp.sum(offsets[None, 1:] <= position[:, None], axis=1, dtype=jnp.int32)
+    return jnp.minimum(group, offsets.shape[0] - 2)
 
 
 def running_sum(numbers: jax.Array) -> jax.Array:
@@ -262,8 +275,8 @@ def running_sum(numbers: jax.Array) -> jax.Array:
     """
     if numbers.shape[0] > MOST_SUMMED_AT_ONCE:
         return jnp.cumsum(numbers)
-    index = jnp.arange(numbers.shape[0])
-    return jnp.sum(jnp.where(index <= index[:, None], numbers, 0), axis=1, dtype=numbers.dtype)
+    index = jnp.arange(numbers.shape[0], dtype=jnp.int32)
+    return jnp.sum(jnp.where(index[None] <= index[:, None], numbers[None], 0), axis=1, dtype=numbers.dtype)
 
 
 def _saturating_cumsum(sizes: jax.Array, limit: int, largest: int) -> jax.Array:

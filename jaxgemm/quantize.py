@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxgemm import layout, reference
 from jaxgemm.elementwise import FUNCTIONS
@@ -330,7 +331,7 @@ def _bind(problem: QuantizeProblem, implementation: str | None, valid_rows: Any,
     """Binds a pass over arrays, of which only some rows count unless `valid_rows` is None."""
     if valid_rows is None:
         return bind_quantize(problem, implementation, *arrays)
-    valid_rows = jnp.asarray(valid_rows)
+    valid_rows = valid_rows if hasattr(valid_rows, "dtype") else np.asarray(valid_rows)
     if not jnp.issubdtype(valid_rows.dtype, jnp.integer):
         raise TypeError(f"valid_rows must be an integer array, got {valid_rows.dtype}")
     lead = arrays[0].shape[:-2]

@@ -32,7 +32,8 @@ def quantize(problem: QuantizeProblem, *inputs: jax.Array) -> list[jax.Array]:
     if problem.rows == "segments":
         return _quantize_segments(problem, arrays[0], sizes)
     if problem.rows == "masked":
-        valid = (jnp.arange(arrays[0].shape[-2]) < sizes[..., None])[..., None]
+        index = jnp.arange(arrays[0].shape[-2], dtype=jnp.int32)
+        valid = (jnp.expand_dims(index, range(sizes.ndim)) < sizes[..., None])[..., None]
         arrays = [jnp.where(valid, x, jnp.zeros((), x.dtype)) for x in arrays]
     results = problem.results([x.shape for x in arrays])
     arrays = apply_function(problem, *arrays) if problem.function else arrays
@@ -201,7 +202,7 @@ def k_masked_gemm(
     problem: GemmProblem, lhs: jax.Array, rhs: jax.Array, bias: jax.Array | None, masked_k: jax.Array
 ) -> jax.Array:
     """The product of each group's first `masked_k[g]` columns, `[g, m, k] x [g, n, k] -> [g, m, n]`."""
-    valid = (jnp.arange(problem.k) < masked_k[:, None])[:, None]
+    valid = (jnp.arange(problem.k, dtype=jnp.int32)[None] < masked_k[:, None])[:, None]
     lhs, rhs = (jnp.where(valid, x, jnp.float32(0)) for x in (lhs, rhs))
     return epilogue(problem, _matmul_nt(lhs, rhs), bias)
 
@@ -209,7 +210,8 @@ def k_masked_gemm(
 def epilogue(problem: GemmProblem, accumulator: jax.Array, bias: jax.Array | None) -> jax.Array:
     """Adds the bias, applies the activation, both in float32, and casts."""
     if bias is not None:
-        accumulator = accumulator + bias.astype(jnp.float32)
+        bias = jnp.expand_dims(bias.astype(jnp.float32), range(accumulator.ndim - bias.ndim))
+        accumulator = accumulator + bias
     return activate(problem.activation, accumulator).astype(problem.out_dtype)
 
 
@@ -226,13 +228,13 @@ def finish_partial_sum(
     """
     if sizes is None:
         return epilogue(problem, total, bias)
-    rows = jnp.arange(problem.m)
+    rows = jnp.arange(problem.m, dtype=jnp.int32)
     if problem.kind == "grouped":
         offsets = layout.group_offsets(sizes, problem.m)
         valid = rows < offsets[-1]
         bias = None if bias is None else bias[layout.group_of_row(offsets, problem.m)]
     else:
-        valid = rows < sizes[:, None]
+        valid = rows[None] < sizes[:, None]
         bias = None if bias is None else bias[:, None]
     return jnp.where(valid[..., None], epilogue(problem, total, bias), jnp.zeros((), problem.out_dtype))
 

@@ -320,3 +320,43 @@ sizes2 = jnp.array([2, 2])
 def test_errors(error, call, message):
     with pytest.raises(error, match=message), jax.numpy_dtype_promotion("standard"):
         call()
+
+
+def test_sizes_of_a_dtype_too_narrow_for_all_rows():
+    x, w = random(0, 300, 8), random(1, 3, 8, 4)
+    sizes = jnp.array([100, 50, 120])
+    for dtype in (jnp.int8, jnp.uint8):
+        expected, found = (
+            jax.value_and_grad(lambda w, s: (jaxgemm.grouped_fp8_dot(x, w, s) ** 2).sum())(w, given)
+            for given in (sizes, sizes.astype(dtype))
+        )
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_numpy_sizes_wider_than_int32_count_as_all_rows():
+    x, w = jnp.ones((3, 8)), jnp.ones((2, 8, 4))
+    assert jaxgemm.grouped_fp8_dot(x, w, np.array([2**40, 1]))[:, 0].tolist() == [8, 8, 8]
+    assert jaxgemm.quantize_grouped(x, np.array([2, 1])).shape == (8, 256)
+    masked = jaxgemm.masked_grouped_fp8_dot(jnp.ones((2, 3, 8)), w, np.array([5 - 2**33, 2]))
+    assert masked[:, :, 0].tolist() == [[0, 0, 0], [8, 8, 0]]
+
+
+@pytest.mark.parametrize("recipe", [DEEPSEEK, Recipe(wgrad_dtype="bf16")], ids=["fp8", "bf16"])
+@pytest.mark.parametrize("x64", [False, True])
+def test_under_strict_rules_of_promotion(x64, recipe):
+    """No operand's dtype or number of axes is left to JAX to guess."""
+    with jax.enable_x64(x64), jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        x, w, bias = (jnp.ones(shape, jnp.float32) for shape in ((3, 9, 20), (3, 20, 6), (3, 6)))
+        sizes = jnp.array([3, 0, 5], jnp.int32)
+        options = {"recipe": recipe, "activation": "silu"}
+
+        def loss(w, bias, sizes):
+            dense = jaxgemm.fp8_dot(x[0], w[0], bias[0], **options)
+            grouped = jaxgemm.grouped_fp8_dot(x[0], w, sizes, bias, **options)
+            masked = jaxgemm.masked_grouped_fp8_dot(x, w, sizes, bias, **options)
+            return dense.sum() + grouped.sum() + masked.sum()
+
+        expected = jax.grad(loss, (0, 1))(w, bias, sizes)
+        for dtype in (jnp.uint8, jnp.uint32):
+            found = jax.grad(loss, (0, 1))(w, bias, sizes.astype(dtype))
+            jax.tree.map(np.testing.assert_array_equal, found, expected)

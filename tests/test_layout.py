@@ -139,3 +139,21 @@ def test_offsets_of_few_and_of_many_groups(groups):
     limit = int(np.maximum(sizes, 0).sum()) - 100
     expected = np.minimum(np.cumsum(np.maximum(sizes, 0)), limit)
     np.testing.assert_array_equal(layout.group_offsets(jnp.asarray(sizes), limit), [0, *expected])
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint32, np.int64])
+def test_sizes_of_any_dtype_are_counted_right(dtype):
+    """More rows than the dtype can count once made every size wrap."""
+    sizes = jnp.asarray([100, 50, 120], np.dtype(dtype) if dtype != np.int64 else np.int32)
+    assert layout.group_offsets(sizes, 40000).tolist() == [0, 100, 150, 270]
+    assert layout.clip_aligned_sizes(sizes, 384, 128).tolist() == [100, 50, 120]
+    assert layout.clip_to_int32(np.array([100, 50, 120], dtype)).tolist() == [100, 50, 120]
+
+
+def test_wide_sizes_are_clipped_at_both_ends():
+    sizes = np.array([5 - 2**33, 2**40, 7])
+    expected = [-(2**31), 2**31 - 1, 7]
+    assert layout.clip_to_int32(sizes).tolist() == expected
+    with jax.enable_x64(True):
+        assert layout.clip_to_int32(jnp.asarray(sizes)).tolist() == expected
+        assert layout.group_offsets(jnp.asarray(sizes), 9).tolist() == [0, 0, 9, 9]

@@ -78,6 +78,17 @@ def test_manual_over_one_mesh_axis_and_automatic_over_the_other():
         assert_close(np.atleast_1d(a), np.atleast_1d(b), 1e-6)
 
 
+def test_groups_where_one_mesh_axis_is_manual_and_the_other_automatic():
+    x, w, sizes = random(0, 256, K), random(1, 2, K, 64), jnp.array([40, 60])
+
+    def local(x, w):
+        return jaxgemm.grouped_fp8_dot(x, w, sizes)
+
+    sharded = jax.shard_map(local, mesh=mesh((2, 4)), in_specs=(P("a"), P()), out_specs=P("a"), axis_names={"a"})
+    expected = jnp.concatenate([local(part, w) for part in jnp.split(x, 2)])
+    np.testing.assert_array_equal(jax.jit(sharded)(x, w), expected)
+
+
 def test_tensor_parallel_mlp():
     """Columns, then rows, then one sum over the mesh; each device keeps its part of the hidden layer to itself."""
     x, up, bias, down = random(0, 64, K), random(1, K, 1024) / 16, random(2, 1024), random(3, 1024, K) / 32

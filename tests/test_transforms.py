@@ -185,3 +185,21 @@ def test_ahead_of_time_and_export_for_cpu():
     np.testing.assert_array_equal(function.lower(x, w).compile()(x, w), expected)
     exported = jax.export.deserialize(jax.export.export(function)(x, w).serialize())
     np.testing.assert_array_equal(exported.call(x, w), expected)
+
+
+@pytest.mark.parametrize("axes", [(0, None, None), (None, 0, None), (None, None, 0), (0, 0, None)], ids=str)
+@pytest.mark.parametrize("kind", ["dense", "grouped", "masked"])
+def test_vmap_of_gradients_with_weight_gradients_in_bfloat16(kind, axes):
+    """Of any operand alone; sizes are shared. XLA on a CPU has no product of bfloat16 with some of these axes."""
+    sizes, recipe = jnp.array([4, 0, 3]), jaxgemm.Recipe(wgrad_dtype="bf16")
+    functions = {
+        "dense": lambda x, w, b: jaxgemm.fp8_dot(x[0], w[0], b[0], recipe=recipe),
+        "grouped": lambda x, w, b: jaxgemm.grouped_fp8_dot(x[0], w, sizes, b, recipe=recipe),
+        "masked": lambda x, w, b: jaxgemm.masked_grouped_fp8_dot(x, w, sizes, b, recipe=recipe),
+    }
+    gradient = jax.grad(lambda *args: (functions[kind](*args) ** 2).sum(), 1)
+    shapes = (3, M, K), (3, K, N), (3, N)
+    args = [
+        random(i, *([B] if axis == 0 else []), *shape) for i, (shape, axis) in enumerate(zip(shapes, axes, strict=True))
+    ]
+    assert_close(jax.block_until_ready(jax.vmap(gradient, axes)(*args)), in_turn(gradient, args, axes))
