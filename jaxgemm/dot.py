@@ -42,7 +42,8 @@ def fp8_dot(
     Args:
         lhs: bfloat16, float16 or float32 `[..., k]`.
         rhs: bfloat16, float16 or float32 `[k, n]`; or a `ScaledArray` `[n, k]`, a weight that is FP8 already: then it
-            is a constant, and gets no gradient.
+            is a constant, and gets no gradient. The gradient of lhs is taken with its transpose, which is quantised
+            anew where blocks of one row do not turn with it.
         bias: bfloat16, float16 or float32 `[n]`, or None.
         preferred_element_type: bfloat16, float16 or float32: dtype of the result; None for that of lhs.
         activation: None, "relu", "gelu" (tanh approximation) or "silu", applied in float32. When differentiating, the

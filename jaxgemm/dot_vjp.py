@@ -28,7 +28,14 @@ from jaxgemm.gemm import gemm, grouped_gemm, k_grouped_gemm, k_masked_gemm, mask
 from jaxgemm.manual_axes import is_manual, sum_replicated, varying_axes
 from jaxgemm.primitives import bind_row_sums
 from jaxgemm.problem import RowSums
-from jaxgemm.quantize import quantize, quantize_both, quantize_function, quantize_segments, quantize_transposed
+from jaxgemm.quantize import (
+    dequantize,
+    quantize,
+    quantize_both,
+    quantize_function,
+    quantize_segments,
+    quantize_transposed,
+)
 from jaxgemm.recipe import Recipe
 from jaxgemm.reference import activate
 from jaxgemm.scaled_array import ScaledArray
@@ -159,8 +166,15 @@ def row_product(
 @part("dgrad")
 def dgrad(options: DotOptions, dout: ScaledArray, rhs: ScaledArray, sizes: Any, out_dtype: Any) -> jax.Array:
     """The gradient of lhs, from the weight that the forward pass kept."""
-    rhs = rhs.T if options.rhs_dtype is None else rhs  # one that came quantised was kept as it came
+    if options.rhs_dtype is None:  # one that came quantised was kept as it came
+        rhs = rhs.T if rhs.is_transposable else _quantized_along_rows(options, rhs)
     return row_product(options, dout, rhs, sizes, out_dtype)
+
+
+def _quantized_along_rows(options: DotOptions, rhs: ScaledArray) -> ScaledArray:
+    """The transpose of a weight whose blocks are of one row, and do not turn with it: quantised anew."""
+    recipe = options.recipe
+    return quantize_transposed(dequantize(rhs), recipe.rhs_block_shape, **options.quantizer(recipe.rhs_dtype))
 
 
 @part("wgrad")

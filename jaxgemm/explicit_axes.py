@@ -31,7 +31,7 @@ def run_automatic(function: Callable[..., Any], out_entries: Callable[[], Any], 
     entries = out_entries()
     entries = entries if isinstance(entries, list) else [entries]
     shardings = [NamedSharding(mesh, _spec(mesh, x.shape, e)) for x, e in zip(out_types, entries, strict=True)]
-    return jax.sharding.auto_axes(function, out_sharding=jax.tree.unflatten(tree, shardings))(*args)
+    return _automatic(function, mesh, jax.tree.unflatten(tree, shardings))(*args)
 
 
 def entries_of(x: Any) -> tuple[Entry, ...]:
@@ -59,9 +59,12 @@ def _explicit_mesh(args: Any) -> Any:
     return None
 
 
-def _automatic(function: Callable[..., Any], mesh: Any) -> Callable[..., Any]:
-    """Returns the function with results gathered: good for their shapes."""
-    return jax.sharding.auto_axes(function, out_sharding=NamedSharding(mesh, PartitionSpec()))
+def _automatic(function: Callable[..., Any], mesh: Any, out_sharding: Any = None) -> Callable[..., Any]:
+    """Returns the function in automatic mode; its results gathered, good for their shapes, unless told otherwise."""
+    # Not all axes: inside `shard_map` some may be manual, and have to stay so.
+    axes = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit)
+    out_sharding = NamedSharding(mesh, PartitionSpec()) if out_sharding is None else out_sharding
+    return jax.sharding.auto_axes(function, axes=axes, out_sharding=out_sharding)
 
 
 def _spec(mesh: Any, shape: Sequence[int], entries: Sequence[Entry]) -> PartitionSpec:

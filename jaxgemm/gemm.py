@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxgemm.layout import clip_to_int32
 from jaxgemm.primitives import bind_gemm
@@ -132,6 +133,8 @@ def masked_grouped_gemm(
         [[8.0, 0.0, 0.0], [8.0, 8.0, 8.0]]
     """
     check_fill(fill)
+    if isinstance(expected_m, np.integer):
+        expected_m = int(expected_m)
     if expected_m is not None and (not isinstance(expected_m, int) or expected_m < 0):
         raise ValueError(f"expected_m must be None or a non-negative int, got {expected_m!r}")
     problem = make_problem(

@@ -169,8 +169,8 @@ def _batch_rows(operands: list[Any], size: int, problem: GemmProblem, implementa
     logical_scales = layout.from_mn_major_tma_aligned(lhs_scales, problem.m)
     logical_scales = layout.pad_trailing(logical_scales, (stored_m, logical_scales.shape[-1]))
     rows = replace(problem, m=size * stored_m)
-    scales = layout.to_mn_major_tma_aligned(logical_scales.reshape(size * stored_m, -1))
-    out = bind_gemm(rows, implementation, lhs_values.reshape(size * stored_m, -1), scales, *rest)
+    scales = layout.to_mn_major_tma_aligned(logical_scales.reshape(size * stored_m, logical_scales.shape[-1]))
+    out = bind_gemm(rows, implementation, lhs_values.reshape(size * stored_m, lhs_values.shape[-1]), scales, *rest)
     return out.reshape(size, stored_m, problem.n)[:, : problem.m]
 
 

@@ -8,16 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgemm.elementwise import FUNCTIONS
+from jaxgemm.elementwise import ACTIVATIONS, FUNCTIONS
 from jaxgemm.layout import aligned_capacity
 from jaxgemm.scaled_array import FP8_DTYPES, ScaledArray, stored_scales_shape, stored_values_shape
 
 Kind = Literal["dense", "grouped", "masked", "k_grouped", "k_masked"]
-Activation = Literal["relu", "gelu", "silu"]
-Fill = Literal["zero", "unspecified"]
-Implementation = Literal["mosaic", "triton", "xla"]
 
-ACTIVATIONS: tuple[str, ...] = ("relu", "gelu", "silu")
 IMPLEMENTATIONS: tuple[str, ...] = ("mosaic", "triton", "xla")
 FILLS: tuple[str, ...] = ("zero", "unspecified")
 FLOAT_DTYPES: tuple[Any, ...] = tuple(np.dtype(d) for d in (jnp.bfloat16, jnp.float16, jnp.float32))
@@ -340,7 +336,7 @@ def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
 
 def _check_dtype(name: str, dtype: Any, allowed: Sequence[np.dtype], names: str) -> np.dtype:
     try:
-        resolved = np.dtype(dtype)
+        resolved = np.dtype(dtype if dtype is not None else "None")  # which numpy takes for float64
     except TypeError:
         raise TypeError(f"{name} must be {names}, got {dtype!r}") from None
     if resolved not in allowed:

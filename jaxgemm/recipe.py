@@ -25,14 +25,13 @@ class Recipe:
     Attributes:
         lhs_block_shape: of lhs in fprop: `(1, 128)` or `(128, 128)`.
         rhs_block_shape: of rhs in fprop and dgrad. With `(128, 128)` one quantised weight serves both.
-        dout_block_shape: of dout in dgrad. DeepSeek-V3 (section 5 of appendix B.2) saw training diverge with
-            `(128, 128)` here.
+        dout_block_shape: of dout in dgrad. DeepSeek-V3 (appendix B.2) saw training diverge with `(128, 128)` here.
         lhs_dtype: FP8 dtype of lhs, in fprop and wgrad.
         rhs_dtype: FP8 dtype of rhs.
         dout_dtype: FP8 dtype of dout, in dgrad and wgrad; float8_e5m2 trades precision for range.
         power_of_two: rounds every scale up to a power of two.
-        wgrad_dtype: "fp8", or "bf16" to keep lhs and dout in bfloat16 for the weight gradient: more exact, at twice
-            the residual's memory and half the speed.
+        wgrad_dtype: "fp8", or "bf16" for a weight gradient of lhs and dout in bfloat16: more exact, at half the
+            speed. lhs is then kept in its own dtype, two or four bytes an element in place of one.
     """
 
     lhs_block_shape: tuple[int, int] = ROW_BLOCK
@@ -46,12 +45,15 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in ("lhs_block_shape", "rhs_block_shape", "dout_block_shape"):
-            block = tuple(getattr(self, name))
+            given = getattr(self, name)
+            block = tuple(given) if isinstance(given, (tuple, list)) else given
             if block not in (ROW_BLOCK, SQUARE_BLOCK):
                 raise ValueError(f"{name} must be (1, 128) or (128, 128), got {getattr(self, name)!r}")
             object.__setattr__(self, name, block)
         for name in ("lhs_dtype", "rhs_dtype", "dout_dtype"):
             object.__setattr__(self, name, check_fp8_dtype(name, getattr(self, name)))
+        if not isinstance(self.power_of_two, bool):
+            raise TypeError(f"power_of_two must be True or False, got {self.power_of_two!r}")
         if self.wgrad_dtype not in ("fp8", "bf16"):
             raise ValueError(f"wgrad_dtype must be 'fp8' or 'bf16', got {self.wgrad_dtype!r}")
 

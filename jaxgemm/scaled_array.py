@@ -1,9 +1,11 @@
 """`ScaledArray`: FP8 values with one float32 scale a block, as one pytree."""
 
 import dataclasses
+import json
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 
@@ -19,7 +21,7 @@ SQUARE_BLOCK = (layout.SCALE_BLOCK, layout.SCALE_BLOCK)
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class ScaledArray:
     """An array kept as FP8 values times one float32 scale per block: `original ~ values * scales`, block by block.
 
@@ -116,6 +118,11 @@ class ScaledArray:
         return self.stored_scales
 
     @property
+    def is_transposable(self) -> bool:
+        """Whether blocks turn with the array: square ones, and one scale in all."""
+        return self.block_shape in (SQUARE_BLOCK, (max(self.rows, 1), max(self.cols, 1)))
+
+    @property
     def T(self) -> "ScaledArray":
         """The transpose of the last two axes: exact, and only for blocks that are their own transpose.
 
@@ -123,11 +130,13 @@ class ScaledArray:
             ValueError: for blocks of one row. Their transpose would scale along the wrong axis: quantise the
                 transposed original instead.
         """
-        if self.block_shape not in (SQUARE_BLOCK, (self.rows, self.cols)):
+        if not self.is_transposable:
             raise ValueError(
                 f"only an array with square blocks (128, 128) or one scale in all can be transposed, block_shape is "
                 f"{self.block_shape}: quantize the transposed original instead"
             )
+        if isinstance(self.stored_values, jax.ShapeDtypeStruct):
+            return jax.eval_shape(lambda q: q.T, self)
         block = (self.block_shape[1], self.block_shape[0])
         values = jnp.swapaxes(self.values, -1, -2)
         return type(self).from_parts(values, jnp.swapaxes(self.scales, -1, -2), block)
@@ -139,6 +148,22 @@ class ScaledArray:
         return f"ScaledArray(shape={self.shape}, dtype={self.dtype}, block_shape={self.block_shape}{segments})"
 
 
+def _from_serialized(aux_data: Any, children: Any) -> ScaledArray:
+    stored_values, stored_scales = children
+    rows, cols, block_shape, segment_alignment = aux_data
+    return ScaledArray(stored_values, stored_scales, rows, cols, tuple(block_shape), segment_alignment)
+
+
+# For programs that take or return one and are stored by `jax.export`.
+jax.export.register_pytree_node_serialization(
+    ScaledArray,
+    serialized_name="jaxgemm.ScaledArray",
+    serialize_auxdata=lambda static: json.dumps(static).encode(),
+    deserialize_auxdata=lambda text: tuple(json.loads(text)),
+    from_children=_from_serialized,
+)
+
+
 def resolve_block_shape(block_shape: tuple[int, int], rows: int, cols: int) -> tuple[int, int]:
     """Checks a scaling block against the two axes it divides.
 
@@ -147,6 +172,8 @@ def resolve_block_shape(block_shape: tuple[int, int], rows: int, cols: int) -> t
     """
     allowed = (ROW_BLOCK, SQUARE_BLOCK, (1, max(cols, 1)), (max(rows, 1), max(cols, 1)))
     block = tuple(block_shape) if isinstance(block_shape, (tuple, list)) else block_shape
+    if block in ((1, cols), (rows, cols)):  # of an empty axis, one element
+        block = tuple(max(size, 1) for size in block)
     if block not in allowed:
         raise ValueError(
             f"block_shape must be (1, 128), (128, 128), (1, k) = (1, {cols}) or (m, k) = ({rows}, {cols}), "
@@ -162,6 +189,7 @@ def transposed_block_shape(block_shape: tuple[int, int], rows: int, cols: int) -
     """
     if block_shape in (ROW_BLOCK, SQUARE_BLOCK):
         return block_shape
+    rows, cols = max(rows, 1), max(cols, 1)
     return (cols, rows) if block_shape == (rows, cols) else (1, rows)
 
 

@@ -360,3 +360,30 @@ def test_under_strict_rules_of_promotion(x64, recipe):
         for dtype in (jnp.uint8, jnp.uint32):
             found = jax.grad(loss, (0, 1))(w, bias, sizes.astype(dtype))
             jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize("block", [(1, 200), (1, 128), (128, 128), (33, 200)], ids=str)
+def test_a_quantised_weight_of_any_blocks_has_gradients_beside_it(block):
+    """Of lhs and of the bias; blocks of one row do not turn with the weight, which is then quantised anew."""
+    x, bias, weight = random(0, 4, 200), random(1, 33), quantize(random(2, 33, 200), block)
+    w = jaxgemm.dequantize(weight).T
+
+    def loss(dot, x, bias):
+        return (dot(x, bias) ** 2).sum()
+
+    found = jax.grad(lambda *args: loss(lambda x, b: jaxgemm.fp8_dot(x, weight, b), *args), (0, 1))(x, bias)
+    expected = jax.grad(lambda *args: loss(lambda x, b: x @ w + b, *args), (0, 1))(x, bias)
+    for one, other in zip(found, expected, strict=True):
+        assert jnp.linalg.norm(one - other) < 0.15 * jnp.linalg.norm(other)
+
+
+def test_arguments_that_look_right():
+    lhs, rhs = quantize(jnp.ones((2, 3, 8))), quantize(jnp.ones((2, 4, 8)))
+    assert jaxgemm.masked_grouped_gemm(lhs, rhs, jnp.array([1, 2]), expected_m=np.int64(2)).shape == (2, 3, 4)
+    with pytest.raises(TypeError, match="preferred_element_type must be bfloat16, float16 or float32, got None"):
+        jaxgemm.gemm(quantize(jnp.ones((3, 8))), quantize(jnp.ones((4, 8))), preferred_element_type=None)
+    with pytest.raises(ValueError, match=r"lhs_block_shape must be \(1, 128\) or \(128, 128\), got 128"):
+        Recipe(lhs_block_shape=128)
+    with pytest.raises(TypeError, match="power_of_two must be True or False, got 'no'"):
+        Recipe(power_of_two="no")
+    assert jax.vmap(jaxgemm.fp8_dot, (0, None))(jnp.ones((0, 9, 200)), jnp.ones((200, 3))).shape == (0, 9, 3)

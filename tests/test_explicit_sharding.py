@@ -93,3 +93,12 @@ def test_quantised_operands(mesh):
         jaxgemm.quantize_grouped(placed_x, SIZES), jaxgemm.quantize_grouped(placed_x, SIZES), SIZES
     )
     assert_close(grouped, jaxgemm.k_grouped_gemm(*[jaxgemm.quantize_grouped(x, SIZES)] * 2, SIZES), 1e-10)
+
+
+def test_where_shard_map_makes_one_axis_manual_and_leaves_the_other_explicit(mesh):
+    x, w = random(0, 256, 128), random(1, 128, 64)
+    with jax.set_mesh(mesh):
+        local = jax.shard_map(jaxgemm.fp8_dot, in_specs=(P("a"), P()), out_specs=P("a"), axis_names={"a"})
+        out = jax.jit(local)(*place(mesh, (x, w), (P("a"), P(None, "b"))))
+        assert spec_of(out) == P("a", "b")
+    assert_close(out, jaxgemm.fp8_dot(x, w))

@@ -182,3 +182,12 @@ def test_mlp_is_its_layers_fused(gated, use_bias):
     assert model(x).shape == (2, 3, 20)
     names = primitive_names(lambda x: model(x), x)
     assert names.count("fp8_gemm") == 2 + gated and "dot_general" not in names
+
+
+def test_mlp_takes_the_keywords_that_have_an_effect():
+    rngs = nnx.Rngs(0)
+    options = {"dtype": jnp.bfloat16, "preferred_element_type": jnp.float32, "kernel_init": nnx.initializers.ones}
+    mlp = jaxgemm.flax.nnx.Mlp(8, 16, **options, rngs=rngs)
+    assert mlp(jnp.ones((2, 8))).dtype == jnp.float32 and (mlp.up.kernel[...] == 1).all()
+    with pytest.raises(TypeError, match="got dot_general"):
+        jaxgemm.flax.nnx.Mlp(8, 16, dot_general=jax.lax.dot_general, rngs=rngs)

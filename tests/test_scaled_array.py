@@ -127,3 +127,25 @@ def test_from_parts_refuses_other_dtypes():
         ScaledArray.from_parts(jnp.ones((7, 7), jnp.int8), jnp.ones((7, 1)), ROW)
     with pytest.raises(TypeError, match="scales must be float32, got bfloat16"):
         ScaledArray.from_parts(jnp.ones((7, 7), E4M3), jnp.ones((7, 1), jnp.bfloat16), ROW)
+
+
+def test_a_program_of_scaled_arrays_can_be_exported():
+    x, weight = random(0, 4, 200), quantize(random(1, 33, 200), SQUARE)
+    exported = jax.export.export(jax.jit(lambda x, w: (jaxgemm.fp8_dot(x, w), quantize(x))))(x, weight)
+    out, q = jax.export.deserialize(exported.serialize()).call(x, weight)
+    np.testing.assert_array_equal(out, jaxgemm.fp8_dot(x, weight))
+    assert isinstance(q, ScaledArray) and q.shape == (4, 200) and q.block_shape == ROW
+
+
+def test_what_was_not_computed_can_be_transposed_and_compared():
+    abstract = jax.eval_shape(lambda x: quantize(x, SQUARE), random(0, 200, 300))
+    assert (abstract.T.shape, abstract.T.block_shape) == ((300, 200), SQUARE)
+    one, other = quantize(random(0, 4, 8)), quantize(random(0, 4, 8))
+    assert one == one and one != other  # the same object or not: of arrays there is no one answer
+
+
+@pytest.mark.parametrize("shape, block", [((5, 0), (1, 0)), ((0, 5), (0, 5)), ((0, 0), (0, 0)), ((0, 5), (1, 5))])
+def test_one_scale_a_row_or_in_all_of_an_empty_array(shape, block):
+    q = quantize(jnp.ones(shape), block)
+    assert q.shape == shape and jaxgemm.dequantize(q).shape == shape
+    assert jaxgemm.quantize_transposed(jnp.ones(shape), block).shape == shape[::-1]

@@ -125,7 +125,8 @@ class Mlp(nn.Module):
         in_features = jnp.shape(inputs)[-1]
         gate, gate_bias = self._layer("gate", in_features, self.hidden_features) if self.gated else (None, None)
         up, up_bias = self._layer("up", in_features, self.hidden_features)
-        down, down_bias = self._layer("down", self.hidden_features, self.features or in_features)
+        features = in_features if self.features is None else self.features
+        down, down_bias = self._layer("down", self.hidden_features, features)
         promoted: Any = nn.dtypes.promote_dtype(inputs, gate, up, down, gate_bias, up_bias, down_bias, dtype=self.dtype)
         return fp8_mlp(
             promoted[0],

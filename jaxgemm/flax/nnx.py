@@ -140,6 +140,10 @@ class Linear(nnx.Linear):
         return out if out_sharding is None else jax.sharding.reshard(out, out_sharding)
 
 
+MLP_KEYWORDS = ("kernel_init", "bias_init", "kernel_metadata", "bias_metadata")
+"""What `Mlp` passes on to its layers: all that concerns their parameters."""
+
+
 class Mlp(nnx.Module):
     """The MLP of a transformer in FP8, fused: `down(activation(gate(inputs)) * up(inputs))`, or without gate.
 
@@ -159,7 +163,12 @@ class Mlp(nnx.Module):
         recipe: How operands are quantised.
         low_memory: Whether the backward pass needs less memory and more time, as in `jaxgemm.fp8_mlp`.
         implementation: None, "mosaic", "triton" or "xla", as in `jaxgemm.fp8_mlp`.
-        **linear_keywords: Further arguments of each `Linear`, such as `kernel_init`.
+        preferred_element_type: Dtype of the result; None for that of the computation.
+        **linear_keywords: Further arguments of the `Linear` layers' parameters: `kernel_init`, `bias_init`,
+            `kernel_metadata` and `bias_metadata`.
+
+    Raises:
+        TypeError: for other keywords: `fp8_mlp` computes the layers, not their own products.
 
     Example:
         >>> import jax.numpy as jnp
@@ -183,20 +192,25 @@ class Mlp(nnx.Module):
         recipe: Recipe = DEEPSEEK,
         low_memory: bool = False,
         implementation: str | None = None,
+        preferred_element_type: DTypeLike | None = None,
         **linear_keywords: Any,
     ):
+        if unknown := linear_keywords.keys() - MLP_KEYWORDS:
+            raise TypeError(f"linear_keywords must be of {', '.join(MLP_KEYWORDS)}, got {', '.join(sorted(unknown))}")
+
         def layer(in_features: int, out_features: int) -> Linear:
             keywords = dict(use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs, **linear_keywords)
             return Linear(in_features, out_features, recipe=recipe, implementation=implementation, **keywords)
 
         self.gate = layer(in_features, hidden_features) if gated else None
         self.up = layer(in_features, hidden_features)
-        self.down = layer(hidden_features, out_features or in_features)
+        self.down = layer(hidden_features, in_features if out_features is None else out_features)
         self.activation = activation
         self.dtype = dtype
         self.recipe = recipe
         self.low_memory = low_memory
         self.implementation = implementation
+        self.preferred_element_type = preferred_element_type
 
     def __call__(self, inputs: Array) -> Array:
         """Applies the MLP to the last axis of `inputs` [..., k]; returns [..., out_features]."""
@@ -212,6 +226,7 @@ class Mlp(nnx.Module):
             bias_up=None if up.bias is None else up.bias[...],
             bias_down=None if down.bias is None else down.bias[...],
             bias_gate=None if gate is None or gate.bias is None else gate.bias[...],
+            preferred_element_type=self.preferred_element_type,
             activation=self.activation,
             recipe=self.recipe,
             low_memory=self.low_memory,
