@@ -29,7 +29,7 @@ def gemm(
         bias: bfloat16, float16 or float32 `[n]`, or None; added in float32.
         preferred_element_type: bfloat16, float16 or float32: the dtype of the result.
         activation: None, "relu", "gelu" (tanh approximation) or "silu", applied in float32.
-        implementation: None for the best there is, or "mosaic", "triton", "xla".
+        implementation: None for the best there is, or "mosaic", "triton" (dense products alone), "xla".
 
     Returns:
         `[m, n]`.

@@ -53,7 +53,7 @@ def quantize(
         power_of_two: rounds scales up to powers of two, which makes scaling exact.
         valid_rows: None, or integer `[...]`, as many as there are matrices: how many of the first rows of each count.
             The others are zeros to the result, whatever they hold, and kernels do not read them.
-        implementation: None for the best there is, or "mosaic", "triton", "xla".
+        implementation: None for the best there is, or "mosaic", "xla".
 
     Returns:
         A `ScaledArray` of x's shape.

@@ -243,7 +243,8 @@ def make_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=what, description=what)
         peers = ",".join(module.PEERS)
         command.add_argument("--vs", help=f"what to measure beside it, by commas ('': nothing); default: {peers}")
-        command.add_argument("--implementation", choices=IMPLEMENTATIONS, help="default: the best there is")
+        able = [i for i in IMPLEMENTATIONS if i != "triton" or name not in ("quantize", "grouped")]
+        command.add_argument("--implementation", choices=able, help="default: the best there is")
         command.add_argument("--only", default="", metavar="REGEX", help="cases whose name it finds")
         command.add_argument("--iterations", type=_positive, default=20, help="calls a round (default 20)")
         command.add_argument("--rounds", type=_positive, default=2, help="turns of each column (default 2)")
