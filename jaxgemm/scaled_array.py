@@ -1,7 +1,9 @@
 """`ScaledArray`: FP8 values with one float32 scale a block, as one pytree."""
 
 import dataclasses
+import functools
 import json
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgemm import layout
+from jaxgemm.explicit_axes import entries_of, run_automatic
 
 FP8_DTYPES = (np.dtype(jnp.float8_e4m3fn), np.dtype(jnp.float8_e5m2))
 
@@ -108,13 +111,14 @@ class ScaledArray:
     @property
     def values(self) -> jax.Array:
         """The logical FP8 values, `[..., rows, cols]`."""
-        return _logical(lambda v: v[..., : self.rows, : self.cols], self.stored_values)
+        return _logical(lambda v: v[..., : self.rows, : self.cols], entries_of, self.stored_values)
 
     @property
     def scales(self) -> jax.Array:
         """The logical float32 scales, `[..., ceil(rows / block_rows), ceil(cols / block_cols)]`."""
         if is_mn_major(self.block_shape):
-            return _logical(lambda s: layout.from_mn_major_tma_aligned(s, self.rows), self.stored_scales)
+            view = functools.partial(layout.from_mn_major_tma_aligned, m=self.rows)
+            return _logical(view, _transposed_entries, self.stored_scales)
         return self.stored_scales
 
     @property
@@ -221,6 +225,16 @@ def stored_scales_shape(rows: int, cols: int, block_shape: tuple[int, int]) -> t
     return row_blocks, col_blocks
 
 
-def _logical(view, stored: Any) -> Any:
-    """Applies `view` to a stored leaf, also to the abstract ones that `jax.eval_shape` puts in."""
-    return jax.eval_shape(view, stored) if isinstance(stored, jax.ShapeDtypeStruct) else view(stored)
+def _logical(view: Callable[[Any], Any], entries: Callable[[Any], tuple], stored: Any) -> Any:
+    """Applies `view` to a stored leaf, also to the abstract ones that `jax.eval_shape` puts in.
+
+    Where it is explicitly sharded, what is cut off is padding, and the rest is split as `entries` says where it can be.
+    """
+    if isinstance(stored, jax.ShapeDtypeStruct):
+        return jax.eval_shape(view, stored)
+    return run_automatic(view, lambda: entries(stored), stored)
+
+
+def _transposed_entries(stored: Any) -> tuple:
+    *lead, columns, rows = entries_of(stored)
+    return *lead, rows, columns

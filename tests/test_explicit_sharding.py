@@ -102,3 +102,16 @@ def test_where_shard_map_makes_one_axis_manual_and_leaves_the_other_explicit(mes
         out = jax.jit(local)(*place(mesh, (x, w), (P("a"), P(None, "b"))))
         assert spec_of(out) == P("a", "b")
     assert_close(out, jaxgemm.fp8_dot(x, w))
+
+
+@pytest.mark.parametrize("block", [(1, 128), SQUARE], ids=str)
+def test_the_parts_of_an_array_whose_split_axis_is_padded(mesh, block):
+    x = random(0, 6, 300)  # stored as eight rows
+    expected = jaxgemm.quantize(x, block)
+    with jax.set_mesh(mesh):
+        q = jaxgemm.quantize(*place(mesh, (x,), (P("a"),)), block)
+        assert spec_of(q.values) == P("a", None) and q.values.shape == (6, 300)
+        np.testing.assert_array_equal(q.values, expected.values)
+        np.testing.assert_array_equal(q.scales, expected.scales)
+        if block == SQUARE:
+            np.testing.assert_array_equal(q.T.values, expected.T.values)
