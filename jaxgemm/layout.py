@@ -222,7 +222,7 @@ def clip_to_int32(sizes: Any) -> jax.Array:
     """
     given, kept = np.iinfo(sizes.dtype), np.iinfo(np.int32)
     low, high = max(given.min, kept.min), min(given.max, kept.max)
-    if isinstance(sizes, np.ndarray):  # before JAX makes int32 of it, as it does without x64
+    if isinstance(sizes, (np.ndarray, np.generic)):  # before JAX makes int32 of it, as it does without x64
         return jnp.asarray(sizes.clip(low, high).astype(np.int32))
     if (low, high) != (given.min, given.max):
         sizes = jnp.clip(sizes, jnp.asarray(low, sizes.dtype), jnp.asarray(high, sizes.dtype))
