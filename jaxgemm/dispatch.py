@@ -3,12 +3,13 @@
 This is the only module that asks which devices there are. A new chip is a new kernel file and one row here.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -108,7 +109,7 @@ def run_quantize(
     shapes, dtype = [x.shape for x in arrays], arrays[0].dtype
     if problem.function is None or kernels.why_not(problem, dtype, shapes) is None:
         config = kernels.default_config(problem, dtype, arrays[0].size)
-        with jax.enable_x64(False):  # kernels count in 32 bits, whatever the mode of the program that calls them
+        with _kernel_modes():
             return kernels.hopper_quantize(*inputs, problem=problem, config=config, num_sms=sm_count())
     results = zip(reference.apply_function(problem, *arrays), problem.results(shapes), strict=True)
     passes = [(x, dataclasses.replace(plain, rows=problem.rows)) for x, (plain, _) in results]
@@ -165,7 +166,7 @@ def _run_mosaic(problem: GemmProblem, *operands: Any) -> jax.Array:
     accumulate = stored.pop() if problem.accumulate else None
     computed, config = as_computed(problem), choose_config(problem).config
     run: Any = functools.partial(hopper_gemm, problem=computed, config=config, num_sms=num_sms)
-    with jax.enable_x64(False):  # kernels count in 32 bits, whatever the mode of the program that calls them
+    with _kernel_modes():
         return run(*stored, bias, sizes, accumulate).astype(problem.out_dtype)
 
 
@@ -175,10 +176,17 @@ def _run_triton(problem: GemmProblem, *operands: Any) -> jax.Array:
     lhs_values, lhs_scales, rhs_values, rhs_scales, *rest = operands
     bias = rest[0] if problem.has_bias else None
     config, capability = choose_triton_config(problem), _capability_number()
-    with jax.enable_x64(False):
+    with _kernel_modes():
         return triton_gemm(
             lhs_values, lhs_scales, rhs_values, rhs_scales, bias, problem=problem, config=config, capability=capability
         )
+
+
+@contextlib.contextmanager
+def _kernel_modes() -> Iterator[None]:
+    """The modes that kernels are written for, whatever those of the program that calls them."""
+    with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):  # they count in 32 bits
+        yield
 
 
 def _why_not_hopper(platform: str) -> str | None:

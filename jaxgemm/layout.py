@@ -220,7 +220,7 @@ def clip_to_int32(sizes: Any) -> jax.Array:
         >>> clip_to_int32(np.array([7, 2**40, -(2**40)])).tolist()
         [7, 2147483647, -2147483648]
     """
-    given, kept = np.iinfo(sizes.dtype), np.iinfo(np.int32)
+    given, kept = jnp.iinfo(sizes.dtype), np.iinfo(np.int32)  # numpy does not know int4
     low, high = max(given.min, kept.min), min(given.max, kept.max)
     if isinstance(sizes, (np.ndarray, np.generic)):  # before JAX makes int32 of it, as it does without x64
         return jnp.asarray(sizes.clip(low, high).astype(np.int32))

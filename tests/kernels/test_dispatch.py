@@ -137,6 +137,19 @@ def test_kernels_count_in_32_bits_whatever_the_mode(x64):
     assert products(text) >= 5 and "fp8_quantize" in text and "dot_general" not in text
 
 
+def test_kernels_serve_programs_that_promote_no_ranks():
+    x, w, bias, sizes = random(0, 3, 40, 256), random(1, 3, 256, 200), random(2, 3, 200), jnp.array([40, 0, 15])
+
+    def loss(x, w, bias):
+        masked = jaxgemm.masked_grouped_fp8_dot(x, w, sizes, bias)
+        grouped = jaxgemm.grouped_fp8_dot(x[0], w, sizes, bias, activation="silu")
+        return masked.sum() + grouped.sum() + jaxgemm.fp8_dot(x[0], w[0], bias[0]).sum()
+
+    with jax.numpy_rank_promotion("raise"):
+        text = lowered(jax.value_and_grad(loss, (0, 1, 2)), x, w, bias)
+    assert products(text) == 9 and "dot_general" not in text
+
+
 @pytest.mark.parametrize("dtype, passes", [(jnp.bfloat16, ["silu_gate_backward"]), (jnp.float32, ["", ""])])
 def test_functions_are_fused_where_they_fit(dtype, passes):
     """Three tiles of float32 do not fit in shared memory: XLA takes the function, and a kernel each result."""
