@@ -104,6 +104,25 @@ def test_where_shard_map_makes_one_axis_manual_and_leaves_the_other_explicit(mes
     assert_close(out, jaxgemm.fp8_dot(x, w))
 
 
+@pytest.mark.parametrize("where", ["inside", "of a checkpoint"])
+def test_gradients_where_shard_map_leaves_one_axis_explicit(mesh, where):
+    """JAX cannot hand residuals of a function in automatic mode out of such a `shard_map`: docs/sharding.md."""
+    x, w = random(0, 256, 128), random(1, 128, 64)
+    specs = {"in_specs": (P("a"), P()), "axis_names": {"a"}}
+
+    def gradients(function):
+        return jax.grad(lambda x, w: (function(x, w) * 2).sum(), (0, 1))
+
+    if where == "inside":
+        local = jax.shard_map(gradients(jaxgemm.fp8_dot), out_specs=(P("a"), P()), **specs)
+    else:
+        local = gradients(jax.shard_map(jax.checkpoint(jaxgemm.fp8_dot), out_specs=P("a"), **specs))
+    with jax.set_mesh(mesh):
+        got = jax.jit(local)(*place(mesh, (x, w), (P("a"), P(None, "b"))))
+    for a, b in zip(got, gradients(jaxgemm.fp8_dot)(x, w), strict=True):
+        assert_close(a, b, 1e-9)
+
+
 @pytest.mark.parametrize("block", [(1, 128), SQUARE], ids=str)
 def test_the_parts_of_an_array_whose_split_axis_is_padded(mesh, block):
     x = random(0, 6, 300)  # stored as eight rows
