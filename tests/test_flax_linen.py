@@ -231,3 +231,8 @@ def test_mlp_computes_in_dtype_and_keeps_its_parameters():
     y, variables = fp8_nn.Mlp(8, dtype=jnp.bfloat16).init_with_output(jax.random.key(0), x)
     assert (y.shape, y.dtype) == ((3, 16), jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {np.dtype(jnp.float32)}
+
+
+def test_mlp_of_no_features_has_none():
+    model = fp8_nn.Mlp(8, features=0, kernel_init=nn.initializers.zeros)
+    assert model.init_with_output(jax.random.key(0), make_input(3, 16))[0].shape == (3, 0)

@@ -191,3 +191,8 @@ def test_mlp_takes_the_keywords_that_have_an_effect():
     assert mlp(jnp.ones((2, 8))).dtype == jnp.float32 and (mlp.up.kernel[...] == 1).all()
     with pytest.raises(TypeError, match="got dot_general"):
         jaxgemm.flax.nnx.Mlp(8, 16, dot_general=jax.lax.dot_general, rngs=rngs)
+
+
+def test_mlp_of_no_features_has_none():
+    model = fp8_nnx.Mlp(16, 8, 0, kernel_init=nnx.initializers.zeros, rngs=nnx.Rngs(0))
+    assert model(make_input(3, 16)).shape == (3, 0)
