@@ -40,6 +40,7 @@ from jaxgemm.recipe import Recipe
 from jaxgemm.reference import activate
 from jaxgemm.scaled_array import ScaledArray
 from jaxgemm.scopes import part
+from jaxgemm.wgrad_bf16 import grouped_wgrad_bf16, wgrad_bf16
 
 RESIDUAL_NAMES = ("jaxgemm_lhs", "jaxgemm_rhs", "jaxgemm_pre_activation")
 
@@ -183,7 +184,7 @@ def wgrad(options: DotOptions, lhs: Any, dout: Any, sizes: Any = None) -> jax.Ar
     if options.rhs_dtype is None:  # a weight that came quantised
         return None
     if options.recipe.wgrad_dtype == "bf16":
-        return _wgrad_bf16(options, lhs, dout, sizes)
+        return grouped_wgrad_bf16(lhs, dout, sizes) if options.kind == "grouped" else wgrad_bf16(lhs, dout)
     # Summed in float32 in any case; rounded by the product itself unless devices' shares are still to be added.
     is_partial = bool(varying_axes(dout) - options.varying[1])
     keywords: dict[str, Any] = {
@@ -244,32 +245,6 @@ def settle_gradients(options: DotOptions, *gradients: Any) -> list[Any]:
     dtypes = (options.lhs_dtype, options.rhs_dtype, options.bias_dtype)
     triples = zip(gradients, options.varying, dtypes, strict=True)
     return [g if g is None else sum_replicated(g, axes).astype(dtype) for g, axes, dtype in triples]
-
-
-def _wgrad_bf16(options: DotOptions, lhs: jax.Array, dout: jax.Array, sizes: Any) -> jax.Array:
-    lhs, dout = lhs.astype(jnp.bfloat16), dout.astype(jnp.bfloat16)
-    if options.kind != "grouped":
-        return jax.lax.platform_dependent(lhs, dout, cpu=_wide_product, default=_tn_product)
-    numbers = jax.lax.RaggedDotDimensionNumbers(
-        dot_dimension_numbers=(([0], [0]), ([], [])), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
-    )
-    offsets = layout.group_offsets(sizes, lhs.shape[0])
-    valid = (jnp.arange(lhs.shape[0], dtype=jnp.int32) < offsets[-1])[:, None]
-    # NOTE: it can be batched in all operands or in none. A sum of nothing, which depends on each, makes them alike.
-    zero = lhs[:0].sum() + dout[:0].sum() + offsets[:0].sum(dtype=jnp.int32).astype(jnp.bfloat16)
-    lhs, dout = (jnp.where(valid, x, zero) for x in (lhs, dout))
-    sizes = jnp.diff(offsets) + zero.astype(jnp.int32)
-    return jax.lax.ragged_dot_general(lhs, dout, sizes, numbers, preferred_element_type=jnp.float32)
-
-
-def _tn_product(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-    """`[..., m, k] x [..., m, n] -> [..., k, n]` in float32."""
-    return jnp.einsum("...mk,...mn->...kn", lhs, rhs, preferred_element_type=jnp.float32)
-
-
-def _wide_product(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-    """The same of float32 operands, where XLA has no product of bfloat16 with these axes, as for some on a CPU."""
-    return _tn_product(lhs.astype(jnp.float32), rhs.astype(jnp.float32))
 
 
 def quantize_rhs(options: DotOptions, rhs: Any) -> tuple[ScaledArray, ScaledArray]:

@@ -17,7 +17,7 @@ LEVELS = [
     {"jaxgemm.mlp"},
     {"jaxgemm.dot", "jaxgemm.mlp_vjp"},
     {"jaxgemm.dot_vjp"},
-    {"jaxgemm.recipe"},
+    {"jaxgemm.recipe", "jaxgemm.wgrad_bf16"},
     {"jaxgemm.gemm", "jaxgemm.quantize", "jaxgemm.explain"},
     {"jaxgemm.find"},
     {"jaxgemm.primitives"},

@@ -203,3 +203,28 @@ def test_vmap_of_gradients_with_weight_gradients_in_bfloat16(kind, axes):
         random(i, *([B] if axis == 0 else []), *shape) for i, (shape, axis) in enumerate(zip(shapes, axes, strict=True))
     ]
     assert_close(jax.block_until_ready(jax.vmap(gradient, axes)(*args)), in_turn(gradient, args, axes))
+
+
+@pytest.mark.parametrize("axes", [c for c in itertools.product([0, None], repeat=4) if any(a == 0 for a in c)], ids=str)
+def test_vmap_of_weight_gradients_of_groups_in_bfloat16_whatever_is_batched(axes):
+    """Also where dout is batched and depends on nothing that is, as that of a plain sum."""
+
+    def gradient(x, w, bias, sizes):
+        dot = functools.partial(jaxgemm.grouped_fp8_dot, recipe=jaxgemm.Recipe(wgrad_dtype="bf16"))
+        return jax.grad(lambda w: dot(x, w, sizes, bias).sum())(w)
+
+    batches = random(0, B, M, K), random(1, B, GROUPS, K, N), random(2, B, GROUPS, N), SIZES
+    args = [x if axis == 0 else x[0] for x, axis in zip(batches, axes, strict=True)]
+    assert_close(jax.vmap(gradient, axes)(*args), in_turn(gradient, args, axes))
+
+
+def test_nested_vmap_of_weight_gradients_of_groups_in_bfloat16():
+    x, w = random(0, 2, M, B, K), random(1, GROUPS, K, N)
+
+    def gradient(x, sizes):
+        dot = functools.partial(jaxgemm.grouped_fp8_dot, recipe=jaxgemm.Recipe(wgrad_dtype="bf16"))
+        return jax.grad(lambda w: (dot(x, w, sizes) ** 2).sum())(w)
+
+    nested = jax.jit(jax.vmap(jax.vmap(gradient, (1, 0)), (0, None)))(x, SIZES)
+    for i in range(2):
+        assert_close(nested[i], in_turn(gradient, (x[i].swapaxes(0, 1), SIZES), (0, 0)))
