@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from jaxgemm import autotune_trial, dispatch, tiles, tuning, tuning_cache
+from jaxgemm import autotune_trial, dispatch, tile_candidates, tiles, tuning, tuning_cache
 from jaxgemm.autotune_neighbours import neighbours
 from jaxgemm.bench.measure import Call, CuptiTimer, Timer, fitting_iterations, measure_together, one_line
 from jaxgemm.bench.progress import progress
@@ -243,7 +243,7 @@ def tune_problem(problem: GemmProblem, tuner: Tuner, advance: Callable[..., None
     except Exception as error:  # such as memory: the other products can still be tuned
         return TunedProblem(problem, skipped=one_line(error))
     promising = functools.partial(tuning.predicted_microseconds, problem, num_sms=dispatch.sm_count())
-    search.run([before.config, *sorted(tuning.candidates(problem), key=promising)])
+    search.run([before.config, *sorted(tile_candidates.candidates(problem), key=promising)])
     fastest = None
     while search.fastest() not in ([], fastest):
         fastest = search.fastest()

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from jaxgemm.gemm_config import GemmConfig, why_invalid, with_most_stages
 from jaxgemm.layout import cdiv
 from jaxgemm.problem import GemmProblem
-from jaxgemm.tuning import SPLITS
+from jaxgemm.tile_candidates import SPLITS
 
 
 def neighbours(problem: GemmProblem, config: GemmConfig) -> Iterator[GemmConfig]:

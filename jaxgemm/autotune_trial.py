@@ -13,7 +13,7 @@ from jaxgemm import dispatch, layout, reference, tiles
 from jaxgemm.bench.measure import Call
 from jaxgemm.gemm_config import GemmConfig
 from jaxgemm.problem import GemmProblem, QuantizeProblem
-from jaxgemm.tuning import expected_extent
+from jaxgemm.tile_candidates import expected_extent
 
 SMALL_ROWS = 128
 """Up to so many rows of lhs a weight is read once and the product does little else: it is measured cold."""

@@ -27,6 +27,7 @@ LEVELS = [
     {"jaxgemm.tuning_cache"},
     {"jaxgemm.tuned_rows"},
     {"jaxgemm.reference", "jaxgemm.triton_tuning", "jaxgemm.tuning"},
+    {"jaxgemm.tile_candidates"},
     {"jaxgemm.gemm_config"},
     {"jaxgemm.problem"},
     {"jaxgemm.scaled_array"},

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import jaxgemm
-from jaxgemm import autotune_trial, dispatch, tiles, tuned_rows, tuning, tuning_cache
+from jaxgemm import autotune_trial, dispatch, tile_candidates, tiles, tuned_rows, tuning, tuning_cache
 from jaxgemm.autotune import Tuner
 from jaxgemm.bench import tune as tune_command
 from jaxgemm.bench.__main__ import main, make_parser
@@ -96,7 +96,7 @@ def test_without_a_gpu_it_says_so(monkeypatch):
 
 
 def test_the_fastest_wins_and_is_used_from_then_on():
-    wanted = list(tuning.candidates(problem()))[3]
+    wanted = list(tile_candidates.candidates(problem()))[3]
     assert explained() != (wanted, tiles.AUTOTUNED)
     tuned = run(Clock(lambda config: 50.0 if config == wanted else 100.0))
     assert tuned.winner.config == wanted and tuned.winner.microseconds == 50.0
@@ -108,7 +108,7 @@ def test_neighbours_of_the_fastest_are_tried_until_none_is_faster():
     """The fastest is one that no candidate is: reached step by step."""
     found = run(Clock(lambda config: 100.0 + config.stages), most_configs=500)
     assert found.winner.config.stages == 2
-    assert found.winner.config not in list(tuning.candidates(problem()))
+    assert found.winner.config not in list(tile_candidates.candidates(problem()))
 
 
 def test_a_difference_within_the_noise_changes_nothing():
@@ -122,7 +122,7 @@ def test_a_difference_within_the_noise_changes_nothing():
 def test_the_final_turn_decides():
     """One lucky measurement does not win: the fastest are measured again, side by side."""
     chosen = dispatch.choose_config(problem()).config
-    lucky = next(config for config in tuning.candidates(problem()) if config != chosen)
+    lucky = next(config for config in tile_candidates.candidates(problem()) if config != chosen)
     seen = []
 
     def microseconds(config):
@@ -133,7 +133,7 @@ def test_the_final_turn_decides():
 
 
 def test_wrong_and_failing_configurations_never_win():
-    wrong, failing = list(tuning.candidates(problem()))[:2]
+    wrong, failing = list(tile_candidates.candidates(problem()))[:2]
 
     def spoil(config, out):
         if config == failing:
@@ -289,7 +289,7 @@ def test_compiled_functions_keep_their_tile_until_the_caches_are_cleared(kernel)
     compiled = jax.jit(jaxgemm.gemm)
     compiled(lhs, rhs), jaxgemm.gemm(lhs, rhs)
     before = kernel[-1]
-    other = next(config for config in tuning.candidates(problem()) if config != before)
+    other = next(config for config in tile_candidates.candidates(problem()) if config != before)
     tuning_cache.add(GPU, [TunedRow(tuned_key(problem()), other)])
     compiled(lhs, rhs), jaxgemm.gemm(lhs, rhs)
     assert other not in kernel

@@ -24,9 +24,10 @@ from jaxgemm.gemm_config import (
 from jaxgemm.kernels.plan import make_plan
 from jaxgemm.layout import align_up
 from jaxgemm.problem import GemmProblem
+from jaxgemm.tile_candidates import candidates
 from jaxgemm.tiles import shipped_choice
 from jaxgemm.tuned_rows import shipped_tables, tuned_key
-from jaxgemm.tuning import candidates, choose_config, predicted_microseconds
+from jaxgemm.tuning import choose_config, predicted_microseconds
 
 E4M3 = np.dtype(jnp.float8_e4m3fn)
 ROW, SQUARE = (1, 128), (128, 128)
